@@ -1,0 +1,261 @@
+"""Weights from a Hugging Face folder into the stages of any layout, and from any layout into such a folder."""
+
+import errno
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions, exported_config, widen_companions, write_json
+from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
+from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Rule, stage_rules
+from longred_megatron.config import Architecture
+from longred_megatron.errors import UserError
+from longred_megatron.model.stage import Stage
+
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
+Shard = tuple[str, dict[str, int]]  # file name, {tensor name: bytes}
+
+
+def load_weights(
+    stages: Sequence[Stage], hf: Path, architecture: Architecture, groups: ProcessGroupCollection
+) -> None:
+    """Reads this rank's part of the weights in `hf`, tensor by tensor, into the parameters and their dtype.
+
+    No communication: every rank opens the files and reads only the slices it holds.
+
+    Raises:
+        UserError: missing, broken or pickled files; tensors that are missing, unexpected or of another shape.
+    """
+    with WeightFiles(hf) as files:
+        files.check(architecture)
+        for parameter, rule in _progress(_parameters(stages, architecture), "reading weights"):
+            shard = _read(files, rule, groups)
+            if architecture.tied_embeddings and HEAD in files and EMBEDDING in rule.huggingface:
+                _check_tied_head(files, rule, shard, groups)
+            parameter.data.copy_(shard)
+
+
+def export(
+    stages: Sequence[Stage],
+    source_hf: Path,
+    output: Path,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    *,
+    rope: Mapping[str, Any],
+    max_position_embeddings: int,
+    dtype: torch.dtype | None = None,
+    recipe_text: str | None = None,
+) -> None:
+    """Writes a folder that transformers loads: weights, config.json, and the source's tokenizer and other files.
+
+    Every rank calls it. Tensor ranks 0 of the first replica write the shards of their own pipeline stage, holding one
+    shard (`MAX_SHARD_BYTES`) in memory; no weight travels between stages. The folder appears, whole, at the end.
+
+    Args:
+        source_hf: the folder the model came from: settings, tokenizer, and its weights' dtypes where `dtype` is None.
+        output: must not exist, or be empty. Shared by all ranks.
+        rope: transformers' `rope_parameters` of the exported model.
+        max_position_embeddings: its window in tokens.
+        dtype: of the written tensors; None: each as in the source.
+        recipe_text: written as recipe.yaml.
+
+    Raises:
+        UserError: `output` is in use or cannot be written (a full disk), or the source lacks a file; on every rank.
+    """
+    source_hf, output = Path(source_hf), Path(output).absolute()
+    temporary = output.with_name(f".{output.name}.incomplete")
+    is_first_rank = torch.distributed.get_rank() == 0
+    shards: list[Shard] = []
+    with _failing_together(output, temporary):
+        dtypes = _target_dtypes(source_hf, dtype)
+        raw_config = json.loads((source_hf / CONFIG).read_text())
+        if is_first_rank:
+            _make_room(output, temporary)
+    with _failing_together(output, temporary):
+        if groups.dp.rank() == 0 and groups.cp.rank() == 0:
+            shards = _write_stages(stages, architecture, groups, temporary, dtypes)
+    all_shards: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(all_shards, shards)  # the world: names for the index
+    with _failing_together(output, temporary):
+        if is_first_rank:
+            _name_shards(temporary, [shard for rank_shards in all_shards for shard in rank_shards])
+            config = exported_config(raw_config, dict(rope), max_position_embeddings, _main_dtype(dtypes))
+            write_json(temporary / CONFIG, config)
+            for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by the owner only
+                shutil.copymode(temporary / CONFIG, file)
+            copy_companions(source_hf, temporary)
+            widen_companions(temporary, raw_config.get("max_position_embeddings", 0), max_position_embeddings)
+            if recipe_text is not None:
+                (temporary / "recipe.yaml").write_text(recipe_text)
+            temporary.rename(output)
+
+
+def full_tensors(
+    stages: Sequence[Stage], architecture: Architecture, groups: ProcessGroupCollection
+) -> Iterator[dict[str, Tensor]]:
+    """The Hugging Face tensors of this rank's pipeline stage, one parameter's at a time, on the CPU.
+
+    All tensor ranks must iterate; ranks other than 0 receive empty mappings.
+    """
+    for parameter, rule in _progress(_parameters(stages, architecture), "writing weights"):
+        shard, size = parameter.detach(), groups.tp.size()
+        on_first = groups.tp.rank() == 0
+        shards = [torch.empty_like(shard) for _ in range(size)] if on_first else None
+        # The tensor group: its ranks hold the parts of one parameter, and its rank 0 writes.
+        torch.distributed.gather(shard.contiguous(), shards, group=groups.tp, group_dst=0)
+        yield rule.to_huggingface([part.cpu() for part in shards]) if shards is not None else {}
+
+
+def check_free(output: Path) -> None:
+    """Raises UserError if `output` is a file or a folder with something in it."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not empty; choose another output folder or remove this one")
+
+
+def _parameters(stages: Sequence[Stage], architecture: Architecture) -> list[tuple[Tensor, Rule]]:
+    return [
+        (stage.get_parameter(name), rule)
+        for stage in stages
+        for name, rule in stage_rules(stage, architecture).items()
+    ]
+
+
+def _progress(items: list[tuple[Tensor, Rule]], title: str) -> Iterator[tuple[Tensor, Rule]]:
+    hidden = None if torch.distributed.get_rank() == 0 else True  # None: hidden unless a terminal
+    return iter(tqdm(items, desc=title, unit=" parameters", disable=hidden))
+
+
+def _read(files: WeightFiles, rule: Rule, groups: ProcessGroupCollection) -> Tensor:
+    return rule.to_megatron([files[name] for name in rule.huggingface], groups.tp.rank(), groups.tp.size())
+
+
+def _check_tied_head(files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection) -> None:
+    head = rule.to_megatron([files[HEAD]], groups.tp.rank(), groups.tp.size())
+    if not torch.equal(head, embedding):
+        raise UserError(
+            f"{files.hf}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}; "
+            "set tie_word_embeddings to false if the head is its own"
+        )
+
+
+def _target_dtypes(source_hf: Path, dtype: torch.dtype | None) -> dict[str, torch.dtype] | torch.dtype:
+    if dtype is not None:
+        return dtype
+    with WeightFiles(source_hf) as files:
+        return files.dtypes()
+
+
+def _main_dtype(dtypes: dict[str, torch.dtype] | torch.dtype) -> torch.dtype:
+    """What config.json names: the dtype of most tensors."""
+    return dtypes if isinstance(dtypes, torch.dtype) else Counter(dtypes.values()).most_common(1)[0][0]
+
+
+def _make_room(output: Path, temporary: Path) -> None:
+    check_free(output)
+    if temporary.exists():  # an earlier export was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def _write_stages(
+    stages: Sequence[Stage],
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    folder: Path,
+    dtypes: dict[str, torch.dtype] | torch.dtype,
+) -> list[Shard]:
+    """Writes this pipeline stage's tensors; returns its files, on tensor rank 0 (nothing on others)."""
+    writer = _ShardWriter(folder, f"stage-{groups.pp.rank():05d}")
+    owns_embedding = any(stage.pre_process for stage in stages)
+    for tensors in full_tensors(stages, architecture, groups):
+        for name, tensor in tensors.items():
+            if name == EMBEDDING and not owns_embedding:
+                continue  # the last stage's copy of a tied embedding
+            writer.add(name, tensor.to(dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]))
+    return writer.finish()
+
+
+class _ShardWriter:
+    """Collects tensors and writes a file when the next would not fit.
+
+    A failure to write is kept until `finish`: the other tensor ranks wait in the gathers still to come.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self.folder, self.prefix = folder, prefix
+        self.shards: list[Shard] = []
+        self._tensors: dict[str, Tensor] = {}
+        self._failure: OSError | SafetensorError | None = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if sum(t.nbytes for t in self._tensors.values()) + tensor.nbytes > MAX_SHARD_BYTES:
+            self._flush()
+        self._tensors[name] = tensor
+
+    def finish(self) -> list[Shard]:
+        self._flush()
+        if self._failure is not None:
+            raise self._failure
+        return self.shards
+
+    def _flush(self) -> None:
+        if self._tensors and self._failure is None:
+            file = f"{self.prefix}-{len(self.shards):05d}.safetensors"
+            try:
+                save_file(self._tensors, self.folder / file, metadata={"format": "pt"})
+            except (OSError, SafetensorError) as error:
+                self._failure = error
+            self.shards.append((file, {name: tensor.nbytes for name, tensor in self._tensors.items()}))
+        self._tensors = {}
+
+
+def _name_shards(folder: Path, shards: list[Shard]) -> None:
+    """Gives the files transformers' names, and an index if there are several."""
+    if len(shards) == 1:
+        (folder / shards[0][0]).rename(folder / SINGLE)
+        return
+    weight_map, total_bytes = {}, 0
+    for number, (file, tensors) in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / file).rename(folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        total_bytes += sum(tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+@contextmanager
+def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
+    """A failure on one rank becomes a UserError on every rank, so that none waits for it; nothing half-written stays."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except (OSError, SafetensorError) as error:
+        problem = _sentence(error, output)
+    problems: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(problems, problem)  # the world: all ranks are in the export
+    found = [text for text in problems if text]
+    if found:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(*dict.fromkeys(found))
+
+
+def _sentence(error: OSError | SafetensorError, output: Path) -> str:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
+    if full:
+        return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
+    return f"{output}: the model could not be written ({error}); nothing was written"

@@ -1,0 +1,87 @@
+"""Is a loaded model the one in a Hugging Face folder? Every tensor bit by bit, then the logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from longred_megatron.checkpoint.huggingface import full_tensors
+from longred_megatron.checkpoint.weight_files import WeightFiles
+from longred_megatron.config import Architecture
+from longred_megatron.model.stage import Stage
+
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `different`: names of tensors with another bit. Logits are fp32, in nats."""
+
+    num_tensors: int
+    different: list[str]
+    max_logit_difference: float
+    max_logit: float
+
+
+def verify(
+    stages: Sequence[Stage],
+    hf: Path,
+    architecture: Architecture,
+    groups: ProcessGroupCollection,
+    *,
+    num_tokens: int = 64,
+    seed: int = 0,
+) -> Verification:
+    """Compares a whole model in this process (a world of one) with the folder `hf`.
+
+    Tensors are compared in the folder's dtype; logits of one random sequence of `num_tokens` tokens in fp32, for which
+    the stage is converted in place. `architecture` gives the RoPE on the Megatron side, the folder on the other.
+
+    Raises:
+        UserError: the folder's weights cannot be read or are of another model.
+    """
+    assert len(stages) == 1 and torch.distributed.get_world_size() == 1
+    with WeightFiles(hf) as files:
+        files.check(architecture)
+        compared = [
+            (name, same_bits(tensor, files[name][:]))
+            for tensors in full_tensors(stages, architecture, groups)
+            for name, tensor in tensors.items()
+        ]
+    tokens = torch.randint(
+        architecture.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+    )
+    ours, theirs = stage_logits(stages[0], architecture, tokens), _transformers_logits(hf, tokens)
+    return Verification(
+        num_tensors=len(compared),
+        different=[name for name, same in compared if not same],
+        max_logit_difference=(ours - theirs).abs().max().item(),
+        max_logit=theirs.abs().max().item(),
+    )
+
+
+def same_bits(tensor: Tensor, reference: Tensor) -> bool:
+    """Whether `tensor`, in `reference`'s dtype, is the same bit by bit (NaN included, 0 and -0 told apart)."""
+    bits = _BITS[reference.element_size()]
+    return torch.equal(tensor.to(reference.dtype).view(bits), reference.view(bits))
+
+
+@torch.no_grad()
+def stage_logits(stage: Stage, architecture: Architecture, tokens: Tensor) -> Tensor:
+    """Logits [sequences, sequence_length, vocabulary] of a whole model in one stage, which is converted to fp32."""
+    stage = stage.float().eval()
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    hidden, _ = stage(tokens, positions)
+    logits = hidden[:, 0] @ stage.head_weight().T
+    return logits[:, : architecture.vocab_size].view(*tokens.shape, -1)
+
+
+@torch.no_grad()
+def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM  # slow to import
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True)
+    return model.eval()(tokens, use_cache=False).logits

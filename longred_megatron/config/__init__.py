@@ -1,0 +1,36 @@
+"""The recipe: schema, loading, cross-checks and the arithmetic printed at start-up."""
+
+from longred_megatron.config.architecture import Architecture, read_architecture
+from longred_megatron.config.checks import check_recipe, rope_extension
+from longred_megatron.config.load import dump_recipe, load_recipe
+from longred_megatron.config.schema import (
+    LongText,
+    Objectives,
+    Optimizer,
+    Parallel,
+    Precision,
+    Recipe,
+    ShortRestoration,
+    ShortToLong,
+    Training,
+)
+from longred_megatron.config.summary import startup_summary
+
+__all__ = [
+    "Architecture",
+    "LongText",
+    "Objectives",
+    "Optimizer",
+    "Parallel",
+    "Precision",
+    "Recipe",
+    "ShortRestoration",
+    "ShortToLong",
+    "Training",
+    "check_recipe",
+    "dump_recipe",
+    "load_recipe",
+    "read_architecture",
+    "rope_extension",
+    "startup_summary",
+]

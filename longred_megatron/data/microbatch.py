@@ -1,0 +1,135 @@
+"""The micro-batches of each optimizer step: tokens, labels and position ids of every objective.
+
+All of it is a pure function of the recipe and the step's number.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longred_megatron.config import Recipe
+from longred_megatron.config.schema import ShortToLong
+from longred_megatron.data.sequences import SequenceSource
+from longred_megatron.errors import UserError
+from longred_megatron.objectives import positions
+from longred_megatron.objectives.mixture import CROSS_ENTROPY_OBJECTIVES, microbatch_order, replica_indices
+
+NO_LOSS = -100  # the label of a token without a cross-entropy loss
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """n sequences of s tokens that one objective trains on."""
+
+    index: int  # within the step, over all replicas
+    objective: str
+    tokens: Tensor  # [n, s] int64
+    labels: Tensor  # [n, s] int64: the next token; -100 everywhere without cross-entropy
+    student_positions: Tensor  # [n, s] int64
+    teacher_positions: Tensor | None  # [n, s] int64; None where there is no teacher
+    num_valid_tokens: int  # N_i of the step loss: the tokens that the loss is averaged over
+    weight: float  # of the objective in the step loss
+    context_parallel: int | None  # ranks that share a sequence; None: all of the context-parallel group
+
+
+class MicroBatchSource:
+    """Micro-batches by step number; a resumed run needs no other state.
+
+    Each objective walks through its data in an order of its own: sequence j of its i-th micro-batch in step t
+    (from 1) is sample ((t - 1) * microbatches + i) * n + j of its `SequenceSource`, where
+    n = tokens_per_microbatch / sequence_length.
+
+    Raises: `UserError` with the problems of all data sets.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._settings = dict(recipe.objectives.items())
+        self._places = _places({name: settings.microbatches for name, settings in self._settings.items()})
+        self._sources: dict[str, SequenceSource] = {}
+        problems: list[str] = []
+        for name, settings in self._settings.items():
+            seed = stable_hash(recipe.training.seed, "order", name, settings.data)
+            try:
+                blend = recipe.data[settings.data]
+                self._sources[name] = SequenceSource(blend, settings.sequence_length, seed)
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(*dict.fromkeys(problems))  # two objectives may use the same files
+
+    def step(self, step: int, replica: int, num_replicas: int) -> list[MicroBatch]:
+        """The micro-batches that `replica` of `num_replicas` trains in step `step` (from 1), in order."""
+        indices = replica_indices(len(self._places), replica, num_replicas)
+        return [self._build(step, index, *self._places[index]) for index in indices]
+
+    def _build(self, step: int, index: int, objective: str, place: int) -> MicroBatch:
+        settings = self._settings[objective]
+        length = settings.sequence_length
+        num_sequences = self._recipe.step.tokens_per_microbatch // length
+        first = ((step - 1) * settings.microbatches + place) * num_sequences
+        source = self._sources[objective]
+        samples = torch.from_numpy(np.stack([source[first + j] for j in range(num_sequences)]))  # [n, s + 1]
+        tokens = samples[:, :-1].clone()  # not a view: labels and tokens may be moved and saved apart
+        cross_entropy = objective in CROSS_ENTROPY_OBJECTIVES
+        kind = settings.positions if isinstance(settings, ShortToLong) else "natural"
+        generator = torch.Generator().manual_seed(
+            stable_hash(self._recipe.training.seed, "positions", objective, step, place)
+        )
+        return MicroBatch(
+            index=index,
+            objective=objective,
+            tokens=tokens,
+            labels=samples[:, 1:].clone() if cross_entropy else torch.full_like(tokens, NO_LOSS),
+            student_positions=positions.draw(
+                kind, num_sequences, length, self._recipe.model.max_position_embeddings, generator
+            ),
+            teacher_positions=positions.natural(num_sequences, length) if settings.needs_teacher else None,
+            num_valid_tokens=tokens.numel(),
+            weight=settings.weight,
+            context_parallel=settings.context_parallel,
+        )
+
+
+def _places(counts: dict[str, int]) -> list[tuple[str, int]]:
+    """For each micro-batch of a step: its objective, and its number (from 0) among those of the objective."""
+    order = microbatch_order(counts)
+    return [(objective, order[:index].count(objective)) for index, objective in enumerate(order)]
+
+
+def stable_hash(*parts: str | int) -> int:
+    """63 bits that depend on `parts` alone; Python's own `hash` of a text changes with every process."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica: int) -> Path:
+    """Writes the micro-batches of one step and replica to `folder`/step-00001.dp-0.safetensors.
+
+    For micro-batch i of the list: `<i>.tokens`, `<i>.labels` (-100 = no loss), `<i>.student_positions`, and
+    `<i>.teacher_positions` where there is a teacher; each [sequences, sequence_length], int64. Header
+    metadata `objectives`: the JSON list of their names. Returns the file's path.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, batch in enumerate(microbatches):
+        tensors[f"{i}.tokens"] = batch.tokens
+        tensors[f"{i}.labels"] = batch.labels
+        tensors[f"{i}.student_positions"] = batch.student_positions
+        if batch.teacher_positions is not None:
+            tensors[f"{i}.teacher_positions"] = batch.teacher_positions
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:05d}.dp-{replica}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file(
+        tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])}
+    )
+    os.replace(partial, path)
+    return path

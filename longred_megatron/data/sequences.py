@@ -1,0 +1,212 @@
+"""Fixed-length sequences from a weighted blend of indexed token files, in an order of nothing but the seed.
+
+Megatron's own `GPTDataset` shuffles all samples of a run together, so its order changes with the number of
+steps asked for. Here sample `index` is a pure function of (blend, sequence length, seed, index): a run can be
+resumed at any step, made longer, or laid out over another number of replicas, and still sees the same texts.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.typing import NDArray
+
+from longred_megatron.data.interleaving import Interleaving
+from longred_megatron.errors import UserError
+
+# Two epochs of a set are kept: a micro-batch may lie across the border of two.
+EPOCHS_KEPT = 2
+SCAN_BLOCK_TOKENS = 1 << 24
+
+
+def open_indexed(prefix: str) -> IndexedDataset:
+    """Opens PREFIX.idx and PREFIX.bin as memory maps.
+
+    Raises: `UserError` if one is missing, damaged or cut short.
+    """
+    missing = [f"{prefix}{suffix}" for suffix in (".idx", ".bin") if not Path(f"{prefix}{suffix}").is_file()]
+    if missing:
+        raise UserError(
+            f"data prefix {prefix}: {' and '.join(missing)} not found; "
+            f"make them with tools/prepare_data.py --output {prefix}, or correct the path in the recipe's "
+            "section `data`"
+        )
+    try:
+        dataset = IndexedDataset(prefix)
+    except (AssertionError, ValueError, struct.error) as error:
+        raise UserError(
+            f"data prefix {prefix}: not a Megatron indexed data set ({error}); "
+            "make it again with tools/prepare_data.py"
+        ) from error
+    expected_bytes = _num_tokens(dataset) * np.dtype(dataset.index.dtype).itemsize
+    found_bytes = Path(f"{prefix}.bin").stat().st_size
+    if found_bytes != expected_bytes:
+        raise UserError(
+            f"data prefix {prefix}: {prefix}.bin has {found_bytes} bytes, its index wants {expected_bytes}; "
+            "copy it again or make it again with tools/prepare_data.py"
+        )
+    return dataset
+
+
+def check_tokens(prefix: str, vocab_size: int) -> None:
+    """Checks that a model with `vocab_size` embeddings knows every token of the set.
+
+    Reads the vocabulary's size from PREFIX.json; a set made by another tool has none, and its tokens are
+    scanned instead.
+
+    Raises: `UserError` if the set was made with a larger vocabulary (fewer entries are normal: models pad
+    their embeddings), or PREFIX.json is damaged.
+    """
+    report = Path(f"{prefix}.json")
+    if report.is_file():
+        try:
+            used = int(json.loads(report.read_bytes())["vocab_size"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{report}: no report of prepare_data ({error!r}); make the set again, or remove this file "
+                "to have the tokens themselves looked through"
+            ) from error
+    else:
+        used = _largest_token(open_indexed(prefix)) + 1
+    if used > vocab_size:
+        raise UserError(
+            f"data prefix {prefix}: its tokens are of a vocabulary of {used}, but the model has "
+            f"{vocab_size} embeddings; prepare the texts with the model's own tokenizer "
+            "(tools/prepare_data.py --tokenizer)"
+        )
+
+
+def _num_tokens(dataset: IndexedDataset) -> int:
+    return int(dataset.sequence_lengths.sum(dtype=np.int64))
+
+
+def _largest_token(dataset: IndexedDataset) -> int:
+    num_tokens = _num_tokens(dataset)
+    blocks = (
+        dataset.get(0, offset=start, length=min(SCAN_BLOCK_TOKENS, num_tokens - start))
+        for start in range(0, num_tokens, SCAN_BLOCK_TOKENS)
+    )
+    return max((int(block.max()) for block in blocks), default=-1)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """One pass over a set: its documents end to end, and the order in which the pieces are used."""
+
+    documents: NDArray[np.int64]  # [documents], in their order
+    ends: NDArray[np.int64]  # [documents], tokens up to and with each of them
+    pieces: NDArray[np.int64]  # [pieces]
+
+
+class IndexedSequences:
+    """The endless series of sequences of one indexed data set.
+
+    Every epoch permutes the documents, lays them end to end and cuts consecutive pieces of
+    `sequence_length + 1` tokens; the last token of a piece is the first of the next, so that each token is
+    predicted once. The pieces are used in a permuted order; what is left at an epoch's end is dropped.
+
+    Raises: `UserError` for missing or damaged files and for fewer than `sequence_length + 1` tokens.
+    """
+
+    def __init__(self, prefix: str, sequence_length: int, seed: tuple[int, ...]) -> None:
+        self.prefix = prefix
+        self.sequence_length = sequence_length
+        self._seed = seed
+        self._dataset = open_indexed(prefix)
+        borders = self._dataset.document_indices  # in sequences of the file; a document may have several
+        tokens_before = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
+        lengths = np.diff(tokens_before[borders])
+        self._document_lengths = lengths[lengths > 0]
+        self._first_sequences = borders[:-1][lengths > 0]
+        self.num_tokens = int(self._document_lengths.sum())
+        self.pieces_per_epoch = (self.num_tokens - 1) // sequence_length
+        if self.pieces_per_epoch < 1:
+            raise UserError(
+                f"data prefix {prefix}: its {self.num_tokens} tokens are too few for one sequence; "
+                f"sequence_length {sequence_length} needs {sequence_length + 1}: give more text or a smaller "
+                "sequence_length"
+            )
+        self._epoch = lru_cache(maxsize=EPOCHS_KEPT)(self._draw_epoch)
+
+    def __getitem__(self, sample: int) -> NDArray[np.int64]:
+        """Sample 0, 1, ... of the series: tokens [sequence_length + 1]."""
+        number, place = divmod(sample, self.pieces_per_epoch)
+        epoch = self._epoch(number)
+        start = int(epoch.pieces[place]) * self.sequence_length
+        return self._read(epoch, start, start + self.sequence_length + 1)
+
+    def _draw_epoch(self, number: int) -> _Epoch:
+        bits = np.random.PCG64(np.random.SeedSequence([*self._seed, number]))
+        documents = _permutation(bits, len(self._document_lengths))
+        ends = np.cumsum(self._document_lengths[documents])
+        return _Epoch(documents, ends, _permutation(bits, self.pieces_per_epoch))
+
+    def _read(self, epoch: _Epoch, start: int, stop: int) -> NDArray[np.int64]:
+        tokens = np.empty(stop - start, dtype=np.int64)
+        place = int(np.searchsorted(epoch.ends, start, side="right"))
+        at = start
+        while at < stop:
+            document, end = epoch.documents[place], int(epoch.ends[place])
+            offset = at - (end - int(self._document_lengths[document]))
+            length = min(end, stop) - at
+            # A document's sequences lie one behind the other in the file: one read goes on from its first.
+            read = self._dataset.get(int(self._first_sequences[document]), offset, length)
+            tokens[at - start : at - start + length] = read
+            at += length
+            place += 1
+        return tokens
+
+
+def _permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
+    # numpy promises the raw bits of PCG64 for all versions, but not `Generator.permutation`: a resumed run
+    # may meet another numpy.
+    return np.argsort(bits.random_raw(size), kind="stable")
+
+
+class SequenceSource:
+    """Sequences from a weighted blend of indexed token files.
+
+    Sample `index` (0, 1, ..., without end) is a pure function of (blend, sequence_length, seed, index): of no
+    step count, batch size, replica count or cache. `Interleaving` says which set it comes from,
+    `IndexedSequences` which tokens.
+
+    Args:
+        blend: prefix of the files of each set -> its share of the samples, in any unit.
+        sequence_length: in tokens; a sample has one more, for the last label.
+        seed: a non-negative integer. A set's own order is keyed by it and by the set's place in the blend, so
+            files may be moved.
+
+    Raises: `UserError` for an empty blend, weights that are not positive numbers, and for what
+    `IndexedSequences` raises; all in one.
+    """
+
+    def __init__(self, blend: Mapping[str, float], sequence_length: int, seed: int) -> None:
+        if not blend:
+            raise UserError("a data blend names no set; give at least one `prefix: weight`")
+        problems = [
+            f"data prefix {prefix}: its weight is {weight}; give a positive number"
+            for prefix, weight in blend.items()
+            if not (math.isfinite(weight) and weight > 0)
+        ]
+        self.sets: list[IndexedSequences] = []
+        for place, prefix in enumerate(blend):
+            try:
+                self.sets.append(IndexedSequences(prefix, sequence_length, (seed, place)))
+            except UserError as error:
+                problems += error.problems
+        if problems:
+            raise UserError(*problems)
+        self._interleaving = Interleaving(list(blend.values()))
+
+    def __getitem__(self, index: int) -> NDArray[np.int64]:
+        """Tokens [sequence_length + 1] of sample `index`."""
+        if index < 0:
+            raise IndexError(f"sample {index}: samples are numbered from 0")
+        chosen, sample = self._interleaving[index]
+        return self.sets[chosen][sample]

@@ -1,0 +1,115 @@
+"""Tokenizers of Hugging Face folders and of sentencepiece, as far as preparing texts needs them."""
+
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+from longred_megatron.errors import UserError
+
+# What decides how a Hugging Face folder turns text into tokens.
+HUGGING_FACE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back.
+
+    No token is added that the text does not call for, and nothing is stripped: whatever a tokenizer's own
+    normalisation keeps comes back from `decode`.
+    """
+
+    @property
+    def end_of_document(self) -> int:
+        """The id that ends each document."""
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, with added tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Loads the tokenizer of a Hugging Face folder, or a sentencepiece `.model` file. Nothing is downloaded.
+
+    Raises: `UserError` if there is none at `path`, or it has no token to end a document with.
+    """
+    if path.is_dir():
+        return HuggingFaceTokenizer(path)
+    if path.is_file() and path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    found = "is another kind of file" if path.exists() else "does not exist"
+    raise UserError(
+        f"tokenizer {path} {found}; give a Hugging Face model's folder or a sentencepiece .model file"
+    )
+
+
+def file_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of each file that makes the tokenizer at `path`: name -> hexadecimal digest."""
+    files = [path / name for name in HUGGING_FACE_FILES] if path.is_dir() else [path]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
+
+
+class HuggingFaceTokenizer:
+    """A transformers tokenizer; documents end with its end-of-sequence token.
+
+    A special token spelled out in a text ("<|eot_id|>" in a chat) becomes that token, as in transformers.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"tokenizer {folder}: transformers cannot load it ({error}); "
+                "give a folder with the files of a Hugging Face tokenizer"
+            ) from error
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                f"tokenizer {folder} has no end-of-sequence token to end documents with; "
+                "name one as eos_token in its tokenizer_config.json"
+            )
+        self.end_of_document: int = self._tokenizer.eos_token_id
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        # verbose=False: no warning for texts longer than the model's window, of which long sets are made.
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def decode(self, ids: list[int]) -> str:
+        text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # one list of ids gives one text
+        return text
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model; documents end with its end of sentence. Control pieces in texts are text."""
+
+    def __init__(self, model_file: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._processor = SentencePieceProcessor(model_file=str(model_file))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"tokenizer {model_file}: sentencepiece cannot load it ({error}); give a trained .model file"
+            ) from error
+        self.end_of_document: int = self._processor.eos_id()
+        if self.end_of_document < 0:
+            raise UserError(
+                f"tokenizer {model_file} has no end-of-sentence piece to end documents with (eos_id -1); "
+                "train it with an eos_id"
+            )
+        self.vocab_size: int = self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)

@@ -1,0 +1,281 @@
+"""Evaluates several models side by side: perplexity, retrieval, similarity; one table, one JSON file, one page."""
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+import longred_megatron
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation import page, report, retrieval
+from longred_megatron.evaluation.models import (
+    CausalModel,
+    ModelFacts,
+    load_model,
+    read_facts,
+    resolve_device,
+    resolve_dtype,
+)
+from longred_megatron.evaluation.perplexity import loss_by_position
+from longred_megatron.evaluation.report import ModelReport, Report
+from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
+from longred_megatron.evaluation.texts import (
+    TextEncoder,
+    TextSource,
+    Windows,
+    cut_windows,
+    load_encoder,
+    text_source,
+    token_stream,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. Windows and lengths are in tokens; None takes them from the models' configs.
+
+    original_window: default the reference's max_position_embeddings; extended_window: default the largest of the models';
+    lengths: of retrieval prompts, default a quarter of the original window, doubled up to the extended one.
+    short_texts, long_texts: files and folders; none: the Python standard library's sources.
+    tokens_per_batch: rows of a window are batched up to this many tokens.
+    """
+
+    short_texts: tuple[Path, ...] = ()
+    long_texts: tuple[Path, ...] = ()
+    original_window: int | None = None
+    extended_window: int | None = None
+    num_short_windows: int = 64
+    num_long_windows: int = 16
+    lengths: tuple[int, ...] = ()
+    num_depths: int = 5
+    num_samples: int = 10
+    num_keys: int = 4
+    tokens_per_batch: int = 8192
+    seed: int = 2024
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def problems(self) -> list[str]:
+        """One sentence for every setting out of its range."""
+        at_least = {"num_short_windows": 1, "num_long_windows": 1, "num_depths": 1, "num_samples": 1, "num_keys": 2, "tokens_per_batch": 1}
+        found = [
+            f"--{key.removeprefix('num_').replace('_', '-')} {getattr(self, key)}: must be at least {least}"
+            for key, least in at_least.items()
+            if getattr(self, key) < least
+        ]
+        for key, flag in (("original_window", "--original-window"), ("extended_window", "--window")):
+            value = getattr(self, key)
+            if value is not None and value < 2:
+                found.append(f"{flag} {value}: must be at least 2 tokens")
+        return found + [f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The same texts for every model with one tokenizer. prompts: by task, with its number of keys."""
+
+    short: Windows
+    long: Windows
+    prompts: dict[str, tuple[int, list[retrieval.Prompt]]]
+    notes: tuple[str, ...]
+
+
+def evaluate(
+    models: Sequence[Path],
+    output: Path,
+    *,
+    settings: Settings | None = None,
+    reference: Path | None = None,
+    names: Sequence[str] = (),
+    command: str | None = None,
+) -> Report:
+    """Measures Hugging Face folders and writes `output`/results.json and `output`/report.html.
+
+    reference: the model the others started from, default the first of `models`; one that is not among them is measured first.
+    names: one for each of `models`, default the shortest ends of their paths that differ. command: shown at the end of the page.
+    Raises `UserError` for missing folders, texts too short, settings out of range, or an `output` that holds other files; all of
+    these are found before any weight is loaded.
+    """
+    started = time.perf_counter()
+    settings = settings or Settings()
+    facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
+    reference_index = 0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
+    report.check_output(output)
+    original, extended = _windows(facts, facts[reference_index], settings)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    short_source, long_source = text_source(settings.short_texts), text_source(settings.long_texts)
+    lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
+
+    encoders = [load_encoder(fact.path) for fact in facts]
+    corpora: dict[str, Corpus] = {}
+    for encoder in encoders:
+        if encoder.fingerprint not in corpora:
+            corpora[encoder.fingerprint] = build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
+
+    base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
+    results = []
+    for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
+        model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
+        results.append(measure_model(model, base, corpora[encoder.fingerprint], settings.tokens_per_batch))
+        del model  # so that no more than the reference and one other are in memory
+
+    notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
+    if len(corpora) > 1:
+        notes.append("the tokenizers differ: losses are per token, so perplexities of different tokenizers cannot be compared")
+    finished = Report(
+        models=tuple(results),
+        original_window=original,
+        extended_window=extended,
+        settings=_plain(settings) | {"lengths": list(lengths), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        versions=_versions(device),
+        notes=tuple(notes),
+        command=command,
+        seconds=time.perf_counter() - started,
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / report.PAGE, page.render(finished))
+    _write(output / report.RESULTS, finished.to_json())
+    return finished
+
+
+def build_corpus(
+    encoder: TextEncoder,
+    short_source: TextSource,
+    long_source: TextSource,
+    original_window: int,
+    extended_window: int,
+    lengths: Sequence[int],
+    settings: Settings,
+) -> Corpus:
+    """Windows and prompts for one tokenizer. Raises `UserError` when the texts are too short."""
+    short = cut_windows(short_source, encoder, original_window, settings.num_short_windows, settings.seed)
+    long = cut_windows(long_source, encoder, extended_window, settings.num_long_windows, settings.seed)
+    filler = token_stream(long_source, encoder, retrieval.FILLER_WINDOWS * max(lengths), settings.seed)
+    depths = retrieval.even_depths(settings.num_depths)
+    notes, prompts = [], {}
+    for task, num_keys in (("passkey", 1), ("multi-key", settings.num_keys)):
+        of_task = retrieval.build_prompts(encoder, filler, lengths, depths, num_keys, settings.num_samples, settings.seed)
+        left_out = sorted(set(lengths) - {prompt.length for prompt in of_task})
+        if left_out:
+            notes.append(f"{task}: left out at {_list(left_out)} tokens, too short for {num_keys} keys and the question")
+        prompts[task] = (num_keys, of_task)
+    for kind, windows in (("short", short), ("long", long)):
+        if windows.num_joined:
+            notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
+    return Corpus(short, long, prompts, tuple(notes))
+
+
+def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int) -> ModelReport:
+    """All measurements of one model; `reference` may be the model itself, which then has no similarity."""
+    notes = list(corpus.notes)
+    similarity = None
+    if model is not reference:
+        reason = why_not_comparable(model, reference)
+        if reason is None:
+            similarity = hidden_state_similarity(model, reference, corpus.short.tokens, tokens_per_batch)
+        else:
+            notes.append(reason)
+    return ModelReport(
+        name=model.name,
+        path=str(model.facts.path),
+        family=model.facts.family,
+        is_reference=model is reference,
+        max_position_embeddings=model.facts.max_position_embeddings,
+        rope=model.facts.rope,
+        num_parameters=model.num_parameters,
+        short=loss_by_position(model, corpus.short, tokens_per_batch, "short texts"),
+        long=loss_by_position(model, corpus.long, tokens_per_batch, "long texts"),
+        retrieval=tuple(
+            retrieval.measure_retrieval(model, task, num_keys, prompts, tokens_per_batch)
+            for task, (num_keys, prompts) in corpus.prompts.items()
+        ),
+        similarity=similarity,
+        notes=tuple(notes),
+    )
+
+
+def _facts_and_names(
+    models: list[Path], reference: Path | None, names: Sequence[str], settings: Settings
+) -> tuple[list[ModelFacts], list[str]]:
+    """Checks everything the user typed about the models, all problems in one error."""
+    problems = settings.problems()
+    if not models:
+        problems.append("--hf: no model given; name at least one Hugging Face folder")
+    if names and len(names) != len(models):
+        problems.append(f"--name: {len(names)} names for {len(models)} models; give one for each --hf")
+    if len(set(names)) != len(names):
+        problems.append("--name: a name is given twice; names must differ")
+    if len({model.resolve() for model in models}) != len(models):
+        problems.append("--hf: a folder is given twice; name each model once")
+    extra = [] if reference is None or reference.resolve() in {model.resolve() for model in models} else [reference]
+    facts = []
+    for path in extra + models:
+        try:
+            facts.append(read_facts(path))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return facts, [*default_names(extra), *names] if names else default_names(extra + models)
+
+
+def default_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart: runs/a/hf and runs/b/hf give a/hf and b/hf."""
+    parts = [path.resolve().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return []
+
+
+def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Settings) -> tuple[int, int]:
+    original = settings.original_window or reference.max_position_embeddings
+    extended = settings.extended_window or max(original, *(fact.max_position_embeddings for fact in facts))
+    problems = []
+    if extended < original:
+        problems.append(f"--window {extended}: is below the original window {original}; raise it, or set --original-window")
+    longest = max([extended, *settings.lengths])
+    for fact in facts:
+        # Rotary models compute any position; a table of learned positions ends.
+        if fact.rope is None and longest > fact.max_position_embeddings:
+            problems.append(
+                f"{fact.path}: has no rotary positions and max_position_embeddings {fact.max_position_embeddings}, it cannot run at "
+                f"{longest} tokens; set --window and --lengths within it or leave the model out"
+            )
+    if problems:
+        raise UserError(*problems)
+    return original, extended
+
+
+def _plain(settings: Settings) -> dict[str, object]:
+    values = dataclasses.asdict(settings)
+    return {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    return {
+        "longred_megatron": longred_megatron.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ", ".join(f"{number:,}" for number in numbers)
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step, so that an interrupted run leaves the earlier report whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

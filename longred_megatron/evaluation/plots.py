@@ -1,0 +1,208 @@
+"""The figures of the page: matplotlib, as SVG to put inside HTML, in colours that follow the page's light or dark theme."""
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+
+from longred_megatron.evaluation.perplexity import LossByPosition
+from longred_megatron.evaluation.report import ModelReport, Report
+from longred_megatron.evaluation.retrieval import Retrieval
+
+# Stand-ins that `svg_of` turns into CSS variables: matplotlib has to be given some colour, and the page decides which.
+INK, FAINT = "#010101", "#020202"
+MODEL_COLOURS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007", "#0a0008")
+REFERENCE_COLOUR = "#0a0000"
+VARIABLES = {INK: "--ink", FAINT: "--faint", REFERENCE_COLOUR: "--m0"} | {
+    colour: f"--m{index}" for index, colour in enumerate(MODEL_COLOURS, start=1)
+}
+MARKERS = "osD^vPX*"
+# From "nothing found" to "all found": light to dark of one hue, so it reads in grey too.
+HEAT = LinearSegmentedColormap.from_list("heat", ["#f3ece2", "#f2c894", "#7fb8a4", "#1f7a78", "#0b4a55"])
+STYLE = {
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "semibold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.edgecolor": FAINT,
+    "grid.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.linewidth": 0.8,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "svg.fonttype": "none",
+}
+
+
+def model_styles(report: Report) -> dict[str, tuple[str, str]]:
+    """(colour, CSS variable) by model name: the reference neutral, the others in a fixed order, repeating after the eighth."""
+    styles, index = {}, 0
+    for model in report.models:
+        colour = REFERENCE_COLOUR
+        if not model.is_reference:
+            colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
+            index += 1
+        styles[model.name] = (colour, VARIABLES[colour])
+    return styles
+
+
+def loss_figure(report: Report) -> str:
+    """Loss by position: short texts at the original window, long texts at the extended one."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.9), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+        for axes, title, of in (
+            (left, f"Short texts, window {report.original_window:,}", lambda model: model.short),
+            (right, f"Long texts, window {report.extended_window:,}", lambda model: model.long),
+        ):
+            for order, model in enumerate(report.models):
+                _draw_losses(axes, report, model, of(model), order)
+            axes.set_title(title)
+            axes.set_xlabel("position in the window (tokens)")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        left.set_ylabel("loss (nats a token)")
+        if report.extended_window > report.original_window:
+            _mark_original_window(right, report)
+        return svg_of(figure, "loss")
+
+
+def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByPosition, order: int) -> None:
+    positions = [(bucket.start + bucket.stop - 1) / 2 for bucket in losses.buckets]
+    values = [bucket.loss for bucket in losses.buckets]
+    axes.plot(positions, values, **_line(report, model, order), markevery=4)
+
+
+def length_figure(report: Report) -> str:
+    """Retrieval by prompt length, one panel a task."""
+    with matplotlib.rc_context(STYLE):
+        tasks = report.reference.retrieval
+        figure = Figure(figsize=(10.4, 3.5), layout="constrained")
+        for index, axes in enumerate(figure.subplots(1, len(tasks), squeeze=False)[0]):
+            for order, model in enumerate(report.models):
+                result = model.retrieval[index]
+                values = [result.accuracy_at(length) for length in result.lengths]
+                axes.plot(result.lengths, values, **_line(report, model, order))
+            lengths = sorted({length for model in report.models for length in model.retrieval[index].lengths})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_ylim(-0.04, 1.04)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+            axes.set_title(task_title(tasks[index]))
+            axes.set_xlabel("prompt length (tokens)")
+            if lengths[0] < report.original_window < lengths[-1]:
+                _mark_original_window(axes, report)
+            if index == 0:
+                axes.set_ylabel("answered in full")
+        return svg_of(figure, "length")
+
+
+def heat_figure(model: ModelReport, number: int) -> str:
+    """Retrieval of one model by length and depth, one panel a task. `number` keeps the ids of several figures apart."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(10.4, 2.9), layout="constrained")
+        for index, axes in enumerate(figure.subplots(1, len(model.retrieval), squeeze=False)[0]):
+            _draw_heat(axes, model.retrieval[index])
+            if index == 0:
+                axes.set_ylabel("depth of the key")
+        return svg_of(figure, f"heat{number}")
+
+
+def _draw_heat(axes: Axes, result: Retrieval) -> None:
+    accuracy = {(cell.length, cell.depth): cell.accuracy for cell in result.cells}
+    grid = [[accuracy[length, depth] for length in result.lengths] for depth in result.depths]
+    axes.pcolormesh(grid, cmap=HEAT, vmin=0, vmax=1, edgecolors="none")
+    for row, values in enumerate(grid):
+        for column, value in enumerate(values):
+            colour = "#ffffff" if value > 0.6 else "#33291c"
+            axes.text(column + 0.5, row + 0.5, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9.5)
+    axes.set_xticks([index + 0.5 for index in range(len(result.lengths))], [f"{length:,}" for length in result.lengths])
+    axes.set_yticks([index + 0.5 for index in range(len(result.depths))], [f"{100 * depth:.0f} %" for depth in result.depths])
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{task_title(result)}, % answered")
+    axes.set_xlabel("prompt length (tokens)")
+
+
+def similarity_figure(report: Report) -> str:
+    """Mean cosine similarity to the reference by layer."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.3), layout="constrained")
+        axes = figure.subplots()
+        for order, model in enumerate(report.models):
+            if model.similarity is not None:
+                values = model.similarity.by_layer
+                axes.plot(range(len(values)), values, **_line(report, model, order))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
+        axes.set_xlabel("layer (0 = embeddings)")
+        axes.set_ylabel("cosine similarity")
+        return svg_of(figure, "similarity")
+
+
+def task_title(result: Retrieval) -> str:
+    return "Passkey (1 key)" if result.num_keys == 1 else f"Multi-key ({result.num_keys} keys, one asked)"
+
+
+def _line(report: Report, model: ModelReport, order: int) -> dict[str, object]:
+    """How a model's line looks: the same in every figure; the reference dashed and below the others."""
+    return {
+        "color": model_styles(report)[model.name][0],
+        "marker": MARKERS[order % len(MARKERS)],
+        "markersize": 4.5,
+        "linewidth": 2.0,
+        "linestyle": (0, (4, 2)) if model.is_reference else "-",
+        "zorder": 2 if model.is_reference else 3,
+        "clip_on": False,
+    }
+
+
+def _mark_original_window(axes: Axes, report: Report) -> None:
+    axes.axvline(report.original_window, color=INK, linewidth=0.9, linestyle=":", zorder=1)
+    axes.annotate(
+        f"original window {report.original_window:,}",
+        (report.original_window, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -2),
+        textcoords="offset points",
+        fontsize=9,
+        va="bottom",
+    )
+
+
+def svg_of(figure: Figure, prefix: str) -> str:
+    """The figure as an <svg> element for an HTML page: own ids, colours as CSS variables, no address of anything outside."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = svg.replace(' id="', f' id="{prefix}-').replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    return svg.strip()
+
+
+def legend(report: Report) -> Sequence[tuple[str, str, bool]]:
+    """(name, CSS variable of its colour, is reference) for every model, in order."""
+    styles = model_styles(report)
+    return [(model.name, styles[model.name][1], model.is_reference) for model in report.models]

@@ -1,0 +1,170 @@
+"""The results of an evaluation: typed, as JSON, and as one printed table."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation.perplexity import LossByPosition
+from longred_megatron.evaluation.retrieval import Retrieval
+from longred_megatron.evaluation.similarity import LayerSimilarity
+
+KIND = "longred_megatron.evaluation"
+RESULTS, PAGE = "results.json", "report.html"
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All measurements of one model. similarity is None for the reference, and where it cannot be computed (`notes` says why)."""
+
+    name: str
+    path: str
+    family: str
+    is_reference: bool
+    max_position_embeddings: int
+    rope: dict[str, Any] | None
+    num_parameters: int
+    short: LossByPosition
+    long: LossByPosition
+    retrieval: tuple[Retrieval, ...]
+    similarity: LayerSimilarity | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """models: in the order given, the reference among them. settings: everything that decides the numbers. Windows are in tokens."""
+
+    models: tuple[ModelReport, ...]
+    original_window: int
+    extended_window: int
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+    command: str | None
+    seconds: float
+
+    @property
+    def reference(self) -> ModelReport:
+        return next(model for model in self.models if model.is_reference)
+
+    def to_json(self) -> str:
+        """Every number, with `kind` to know the file by. A number that is not finite becomes null."""
+        return json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the summary. explanation: one sentence for the page."""
+
+    title: str
+    explanation: str
+    cells: tuple[str, ...]
+
+
+def summary(report: Report) -> list[Column]:
+    """The columns of the summary table, one cell a model, text ready to print."""
+    original, extended = report.original_window, report.extended_window
+    reference = report.reference.short.perplexity
+    columns = [
+        Column("window", "Context window the model's config states, in tokens.", _each(report, lambda m: f"{m.max_position_embeddings:,}")),
+        Column(
+            f"short ppl @{original:,}",
+            f"Perplexity on short texts at the original window of {original:,} tokens; lower is better.",
+            _each(report, lambda m: number(m.short.perplexity)),
+        ),
+        Column(
+            "change",
+            "Change of the short-text perplexity against the reference; near zero means short texts are kept.",
+            _each(report, lambda m: "reference" if m.is_reference else percent_change(m.short.perplexity, reference)),
+        ),
+        Column(
+            f"long ppl @{extended:,}",
+            f"Perplexity on long texts at the extended window of {extended:,} tokens; lower is better.",
+            _each(report, lambda m: number(m.long.perplexity)),
+        ),
+    ]
+    for index, result in enumerate(report.reference.retrieval):
+        columns.append(
+            Column(
+                f"{result.task} @{result.lengths[-1]:,}",
+                f"Share of prompts of {result.lengths[-1]:,} tokens answered in full, over all depths"
+                + (f", with {result.num_keys} keys in the prompt" if result.num_keys > 1 else "")
+                + "; higher is better.",
+                _each(report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))),
+            )
+        )
+    columns.append(
+        Column(
+            "similarity",
+            "Mean cosine similarity of hidden states to the reference on short texts, over all layers; 1 means unchanged.",
+            _each(report, lambda m: "-" if m.similarity is None else f"{m.similarity.mean:.3f}"),
+        )
+    )
+    return columns
+
+
+def format_table(report: Report) -> str:
+    """The summary as aligned plain text, and the notes below it."""
+    columns = [Column("model", "", tuple(model.name for model in report.models)), *summary(report)]
+    widths = [max(len(column.title), *map(len, column.cells)) for column in columns]
+    rows = [[column.title for column in columns], *map(list, zip(*(column.cells for column in columns), strict=True))]
+    lines = []
+    for row in rows:
+        first, *others = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
+        lines.append("  ".join([first, *others]))
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join([*lines, *(f"note: {note}" for note in all_notes(report))])
+
+
+def all_notes(report: Report) -> list[str]:
+    """The notes of the run, then those of each model under its name."""
+    return [*report.notes, *(f"{model.name}: {note}" for model in report.models for note in model.notes)]
+
+
+def number(value: float) -> str:
+    """A perplexity: two digits after the point below 1,000, none from there to a million, powers of ten above."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.2f}" if value < 1e3 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def percent_change(value: float, reference: float) -> str:
+    change = 100 * (value / reference - 1)
+    return f"{change:+.1f} %" if math.isfinite(change) and change < 1e4 else f"x {number(value / reference)}"
+
+
+def _each(report: Report, cell: Any) -> tuple[str, ...]:
+    return tuple(cell(model) for model in report.models)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def check_output(output: Path) -> None:
+    """Raises `UserError` unless `output` can take a report without losing anything: new, empty, or the place of an earlier report."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; give a folder")
+    if not output.exists() or not any(output.iterdir()):
+        return
+    results = output / RESULTS
+    try:
+        held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
+    except ValueError:
+        held = None
+    if not (isinstance(held, dict) and held.get("kind") == KIND):
+        raise UserError(f"--output {output}: is not empty and holds no earlier report; give a new folder, nothing is overwritten")

@@ -1,0 +1,172 @@
+"""Texts for evaluation: documents from files, a model's own tokenizer, and windows of tokens."""
+
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from longred_megatron.errors import UserError
+
+EXTENSIONS = (".txt", ".jsonl")
+# A document gives at most this many windows, so that one book does not fill the whole sample.
+MAX_WINDOWS_PER_DOCUMENT = 4
+# Where whole documents are too short, this many tokens for each one needed are read before documents are joined instead.
+TOKENS_READ_PER_TOKEN_NEEDED = 8
+# Upper end of characters per token, to cut a huge file before it is tokenised.
+MAX_CHARACTERS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Files to draw documents from. `description` is for the report."""
+
+    files: tuple[Path, ...]
+    description: str
+
+    def documents(self, seed: int) -> Iterator[str]:
+        """Every text in a seeded order of the files, lines of a .jsonl file in their own order. Raises `UserError` for a bad line."""
+        files = list(self.files)
+        random.Random(seed).shuffle(files)
+        for file in files:
+            yield from _documents_of(file)
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A tokenizer without its special tokens, and the ones to place by hand.
+
+    start: what the tokenizer puts in front of every text by itself (a BOS token, or nothing); separator: its end-of-text token, or nothing;
+    fingerprint: equal for two tokenizers that map the same vocabulary to the same numbers.
+    """
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    start: tuple[int, ...]
+    separator: tuple[int, ...]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """tokens: [windows, window], each from one document, but for the last `num_joined` ones: cut from short documents in a row."""
+
+    tokens: Tensor
+    num_joined: int = field(default=0)
+
+
+def text_source(paths: Sequence[Path]) -> TextSource:
+    """The .txt and .jsonl files that `paths` name, folders searched to the bottom. No paths: the Python standard library's sources.
+
+    Raises `UserError` when a path is missing, is another kind of file, or holds no text.
+    """
+    if not paths:
+        return _standard_library()
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix in EXTENSIONS and file.is_file())
+            if not found:
+                raise UserError(f"{path}: holds no .txt or .jsonl file; give a folder that does")
+            files += found
+        elif not path.is_file():
+            raise UserError(f"{path}: no such file or folder; texts are .txt files, .jsonl files, or folders of them")
+        elif path.suffix not in EXTENSIONS:
+            raise UserError(f"{path}: is neither .txt nor .jsonl; convert it, one JSON object with a \"text\" a line")
+        else:
+            files.append(path)
+    return TextSource(tuple(dict.fromkeys(files)), ", ".join(str(path) for path in paths))
+
+
+def _standard_library() -> TextSource:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "test", "tests", "idlelib", "encodings"}  # third-party code, and large tables
+    files = sorted(file for file in root.rglob("*.py") if not skipped & set(file.parts))
+    version = sysconfig.get_python_version()
+    return TextSource(tuple(files), f"the Python {version} standard library's sources of this machine (no text was given)")
+
+
+def _documents_of(file: Path) -> Iterator[str]:
+    if file.suffix != ".jsonl":
+        yield file.read_text(encoding="utf-8", errors="replace")
+        return
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"{file}:{number}: is no JSON object with a \"text\"; mend or remove the line") from error
+            yield str(text)
+
+
+def load_encoder(path: Path) -> TextEncoder:
+    """The tokenizer of a Hugging Face folder. Raises `UserError` when transformers finds none there."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: transformers cannot load a tokenizer from it: {error}") from error
+    return encoder_of(tokenizer)
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """Wraps a transformers tokenizer; see `TextEncoder`."""
+    around_nothing = tokenizer("").input_ids
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) + json.dumps(around_nothing)
+    return TextEncoder(
+        encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
+        decode=tokenizer.decode,
+        start=tuple(around_nothing[:1]) if bos is not None and around_nothing[:1] == [bos] else (),
+        separator=() if eos is None else (eos,),
+        fingerprint=hashlib.sha256(vocabulary.encode()).hexdigest(),
+    )
+
+
+def cut_windows(source: TextSource, encoder: TextEncoder, window: int, num_windows: int, seed: int) -> Windows:
+    """Up to `num_windows` rows of exactly `window` tokens, each opened by the tokenizer's own start token where it has one.
+
+    Windows are taken from documents at least that long, the first of every document before a second of any. Where these do not suffice,
+    shorter documents are joined, with the end-of-text token between them. Raises `UserError` when not one window can be filled.
+    """
+    body = window - len(encoder.start)
+    first: list[list[int]] = []
+    later: list[list[int]] = []
+    joined: list[int] = []
+    num_read = 0
+    for text in source.documents(seed):
+        tokens = encoder.encode(text[: body * MAX_WINDOWS_PER_DOCUMENT * MAX_CHARACTERS_PER_TOKEN])
+        num_read += len(tokens)
+        whole = [tokens[start : start + body] for start in range(0, len(tokens) - body + 1, body)]
+        first += whole[:1]
+        later += whole[1:MAX_WINDOWS_PER_DOCUMENT]
+        if not whole and len(joined) < num_windows * body:
+            joined += [*tokens, *encoder.separator]
+        if len(first) >= num_windows or num_read >= TOKENS_READ_PER_TOKEN_NEEDED * num_windows * body:
+            break
+    whole = (first + later)[:num_windows]
+    rows = whole + [joined[start : start + body] for start in range(0, len(joined) - body + 1, body)]
+    if not rows:
+        raise UserError(
+            f"texts too short: {source.description} gives {num_read} tokens, one window needs {window}; "
+            "give more text (--text, --short-text, --long-text) or a smaller --window"
+        )
+    rows = rows[:num_windows]
+    return Windows(torch.tensor([[*encoder.start, *row] for row in rows]), num_joined=len(rows) - len(whole))
+
+
+def token_stream(source: TextSource, encoder: TextEncoder, num_tokens: int, seed: int) -> list[int]:
+    """The first `num_tokens` or fewer tokens of all documents in a row, the end-of-text token between them."""
+    tokens: list[int] = []
+    for text in source.documents(seed):
+        tokens += [*encoder.encode(text[: num_tokens * MAX_CHARACTERS_PER_TOKEN]), *encoder.separator]
+        if len(tokens) >= num_tokens:
+            break
+    return tokens[:num_tokens]

@@ -1,0 +1,119 @@
+"""One pipeline stage of a model, student or teacher. The only user of Megatron's GPTModel."""
+
+from collections.abc import Collection
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from longred_megatron.config import Architecture, Parallel, Precision
+from longred_megatron.model.attention import SequenceLayout
+from longred_megatron.model.megatron_config import transformer_config
+from longred_megatron.model.rotary import rotary_table
+from longred_megatron.model.specs import block_submodules
+from longred_megatron.objectives.rope import inverse_frequencies
+
+
+class Stage(GPTModel):  # type: ignore[misc]
+    """The layers of one (virtual) pipeline stage, on tokens laid out as [tokens, 1, hidden].
+
+    `forward` returns hidden states, never logits: every loss is computed from them (see training/losses.py).
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: TransformerConfig,
+        frequencies: Tensor,
+        groups: ProcessGroupCollection,
+        vp_stage: int | None,
+    ) -> None:
+        pp_rank, num_stages = groups.pp.rank(), groups.pp.size()
+        num_chunks = config.virtual_pipeline_model_parallel_size or 1
+        num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
+        super().__init__(
+            config,
+            block_submodules(config, num_layers, transformer_engine=torch.cuda.is_available()),
+            vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=pp_rank == 0 and (vp_stage or 0) == 0,
+            post_process=pp_rank == num_stages - 1 and (vp_stage or 0) == num_chunks - 1,
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="none",  # rotary tables come with each micro-batch
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        self.architecture = architecture
+        # Not a buffer: conversion of the module to bf16 must not touch it.
+        self.frequencies = frequencies
+
+    def layer_numbers(self) -> range:
+        """The layers on this stage, numbered as in Hugging Face `hidden_states` (the first layer's output is 1)."""
+        numbers = [layer.layer_number for layer in self.decoder.layers]
+        return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, layers: Collection[int] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Args:
+            tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
+            layers: layer numbers whose outputs are wanted; those of other stages are ignored.
+
+        Returns:
+            The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
+            and {layer: hidden states}. The last layer's are taken after the final norm, as in Hugging Face.
+        """
+        wanted = [k for k in sorted(layers) if k in self.layer_numbers()]
+        inner = [k for k in wanted if k < self.architecture.num_layers]
+        hidden = self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None
+        output = self.decoder(
+            hidden,
+            attention_mask=None,
+            rotary_pos_emb=rotary_table(positions, self.frequencies),
+            packed_seq_params=SequenceLayout(num_sequences=tokens.shape[0]),
+            extract_layer_indices={k - 1 for k in inner},
+        )
+        output, extracted = output if inner else (output, [])
+        states = dict(zip(inner, extracted, strict=True))
+        if self.architecture.num_layers in wanted:
+            states[self.architecture.num_layers] = output
+        return output, states
+
+    def head_weight(self) -> Tensor:
+        """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight  # Megatron's own accessor would give a single stage's embedding
+
+    def truncate(self, depth: int) -> None:
+        """Drops the layers above number `depth` and the head: for a teacher whose deepest wanted layer is `depth`."""
+        self.decoder.layers = torch.nn.ModuleList(m for m in self.decoder.layers if m.layer_number <= depth)
+        self.output_layer = None
+
+
+def padded_vocab_size(architecture: Architecture, tensor: int) -> int:
+    """The embedding's rows, filled up to a multiple of the tensor-parallel size."""
+    return -(-architecture.vocab_size // tensor) * tensor
+
+
+def build_stages(
+    architecture: Architecture,
+    parallel: Parallel,
+    precision: Precision,
+    groups: ProcessGroupCollection,
+    recompute: str = "none",
+) -> list[Stage]:
+    """This rank's stages in order, one per virtual pipeline chunk, with uninitialised weights.
+
+    Position encoding follows `architecture.rope`; give the student an architecture whose `rope` is the extended one.
+    """
+    frequencies, attention_factor = inverse_frequencies(architecture.rope, architecture.head_dim)
+    config = transformer_config(
+        architecture, parallel, precision, recompute=recompute, attention_factor=attention_factor
+    )
+    frequencies = frequencies.to(torch.cuda.current_device())
+    chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
+    return [Stage(architecture, config, frequencies, groups, chunk) for chunk in chunks]

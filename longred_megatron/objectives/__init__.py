@@ -1,0 +1,1 @@
+"""The method itself, in pure torch: positions, mixture, RoPE scaling, losses. Knows no Megatron."""

@@ -1,0 +1,115 @@
+"""Lets Megatron-Core, which names CUDA devices in its code, run on a machine without a GPU.
+
+The only place in the project that replaces functions of other packages. `install()` does nothing where a GPU is
+present. What it changes: CUDA device and stream calls become inert, `device="cuda"` and `.cuda()` mean the CPU, CUDA
+random states mean torch's CPU random state, CPU tensors answer to the CUDA type names that Megatron's distributed
+optimizer compares with, and that optimizer can restore the state of torch's AdamW.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint")
+
+
+class _InertStream:
+    """Stands for a CUDA stream or event where everything runs in program order."""
+
+    cuda_stream = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+    def __enter__(self) -> "_InertStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+def _cuda_type_name(tensor_type: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(tensor_type)
+    def wrapped(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = tensor_type(self, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return wrapped
+
+
+def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+@functools.cache
+def install() -> None:
+    """Installs the shim once, and only where torch sees no GPU."""
+    if torch.cuda.is_available():
+        return
+    cpu = torch.device("cpu")
+    replacements: dict[str, Any] = {
+        "current_device": lambda: cpu,
+        "synchronize": lambda *args, **kwargs: None,
+        "set_device": lambda device: None,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": _get_rng_state,
+        "set_rng_state": _set_rng_state,
+        "current_stream": lambda device=None: _InertStream(),
+        "default_stream": lambda device=None: _InertStream(),
+        "Stream": _InertStream,
+        "Event": _InertStream,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    for name in _FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _cuda_type_name(torch.Tensor.type)  # type: ignore[method-assign]
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = _get_rng_state
+    random._set_cuda_rng_state = _set_rng_state
+    _let_torch_adam_load_its_step()
+
+
+def _let_torch_adam_load_its_step() -> None:
+    """Without apex and Transformer Engine, Megatron uses torch's AdamW, whose state holds a tensor `step` per parameter.
+
+    Megatron 0.19.2 restores it as one tensor that all parameters share, so that every update counts once for each of
+    them, and then looks for it where its reshardable format does not keep it. Both are mended per parameter here.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def restore_with_own_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        restore(self, model_param, {"step": state["step"]} | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = restore_with_own_step

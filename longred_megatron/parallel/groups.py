@@ -1,0 +1,42 @@
+"""Process groups: started once here, handed to everything else as an argument."""
+
+import os
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from longred_megatron.config import Parallel
+from longred_megatron.parallel import cpu_shim
+
+
+def initialize(parallel: Parallel, seed: int) -> ProcessGroupCollection:
+    """Joins the world torchrun describes (or a world of one) and cuts it into Megatron's groups.
+
+    NCCL where there is a GPU, gloo otherwise. Also seeds Megatron's random states.
+    """
+    cpu_shim.install()
+    if not torch.distributed.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30), **alone
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def destroy() -> None:
+    """Leaves the world, so that another layout can be started in this process."""
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

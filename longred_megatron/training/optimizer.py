@@ -1,0 +1,81 @@
+"""Megatron's data-parallel wrapper and distributed AdamW, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from longred_megatron.config import Optimizer, Precision
+from longred_megatron.model.megatron_config import DTYPES
+from longred_megatron.model.stage import Stage
+
+
+def learning_rate(settings: Optimizer, step: int, num_steps: int) -> float:
+    """Learning rate of `step` (from 1): linear warm-up, then constant, or cosine / linear down to `min_lr`."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
+    return settings.min_lr + (settings.lr - settings.min_lr) * remaining
+
+
+def data_parallel(
+    stages: Sequence[Stage], groups: ProcessGroupCollection, overlap: bool
+) -> list[DistributedDataParallel]:
+    """Wraps the student's stages so that gradients are averaged over the data- and context-parallel ranks.
+
+    overlap: reduce gradients while the last micro-batch's backward pass runs; needs that micro-batch to touch every
+    parameter on every replica.
+    """
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=False,
+    )
+    chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in stages]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = partial(finalize_model_grads)
+        if overlap:
+            chunk.config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks
+
+
+def build_optimizer(
+    settings: Optimizer, precision: Precision, chunks: Sequence[DistributedDataParallel]
+) -> MegatronOptimizer:
+    """AdamW with fp32 master weights, its state divided over the data-parallel ranks.
+
+    Weight decay leaves out biases and norms (Megatron's rule: tensors of one dim).
+    """
+    dtype = DTYPES[precision.params]
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_eps=settings.eps,
+        clip_grad=settings.clip_grad,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=True,
+    )
+    # The groups are Megatron's own (`parallel.groups`): handed in, Megatron does not take the gloo group with them
+    # that saving a reshardable optimizer state gathers over.
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def set_hyperparameters(optimizer: MegatronOptimizer, settings: Optimizer, step: int, num_steps: int) -> float:
+    """Sets every parameter group for step `step` (from 1) of `num_steps` and returns the learning rate."""
+    rate = learning_rate(settings, step, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = settings.weight_decay * group["wd_mult"]  # Megatron leaves the product to its scheduler
+    return rate
