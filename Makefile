@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
-setup: ## .venv in this folder with everything in it (first time: 3-4 minutes, 6 GB)
+setup: ## .venv in this folder with everything in it (first time: 3-5 minutes, 6 GB)
 	@sh tools/setup.sh
 
 test: setup ## every test

@@ -26,34 +26,122 @@ of this machine. The output folder gets report.html and results.json. It must be
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Settings()
     models = parser.add_argument_group("models and output")
-    models.add_argument("--hf", nargs="+", type=Path, required=True, metavar="DIR", help="Hugging Face folders; the first is the reference")
-    models.add_argument("--reference", type=Path, metavar="DIR", help="the model the others started from, instead of the first --hf")
-    models.add_argument("--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)")
+    models.add_argument(
+        "--hf",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folders; the first is the reference",
+    )
+    models.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="the model the others started from, instead of the first --hf",
+    )
+    models.add_argument(
+        "--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)"
+    )
     models.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
     texts = parser.add_argument_group("texts and windows")
-    texts.add_argument("--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements")
-    texts.add_argument("--short-text", nargs="+", type=Path, metavar="PATH", help="texts for the original window, instead of --text")
-    texts.add_argument("--long-text", nargs="+", type=Path, metavar="PATH", help="texts for the extended window and as filler of retrieval prompts")
-    texts.add_argument("--window", type=int, metavar="N", help="extended window in tokens (default: the largest of the models)")
-    texts.add_argument("--original-window", type=int, metavar="N", help="original window in tokens (default: the reference's)")
-    texts.add_argument("--short-windows", type=int, default=default.num_short_windows, metavar="N", help="windows of short text (%(default)s)")
-    texts.add_argument("--long-windows", type=int, default=default.num_long_windows, metavar="N", help="windows of long text (%(default)s)")
+    texts.add_argument(
+        "--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements"
+    )
+    texts.add_argument(
+        "--short-text",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="texts for the original window, instead of --text",
+    )
+    texts.add_argument(
+        "--long-text",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="texts for the extended window and as filler of retrieval prompts",
+    )
+    texts.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="extended window in tokens (default: the largest of the models)",
+    )
+    texts.add_argument(
+        "--original-window",
+        type=int,
+        metavar="N",
+        help="original window in tokens (default: the reference's)",
+    )
+    texts.add_argument(
+        "--short-windows",
+        type=int,
+        default=default.num_short_windows,
+        metavar="N",
+        help="windows of short text (%(default)s)",
+    )
+    texts.add_argument(
+        "--long-windows",
+        type=int,
+        default=default.num_long_windows,
+        metavar="N",
+        help="windows of long text (%(default)s)",
+    )
     tasks = parser.add_argument_group("retrieval")
     tasks.add_argument(
-        "--lengths", nargs="+", type=int, default=[], metavar="N",
+        "--lengths",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
         help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled up to the extended one)",
-    )  # fmt: skip
-    tasks.add_argument("--depths", type=int, default=default.num_depths, metavar="N", help="depths of the key, evenly spaced (%(default)s)")
-    tasks.add_argument("--samples", type=int, default=default.num_samples, metavar="N", help="prompts for each length and depth (%(default)s)")
-    tasks.add_argument("--keys", type=int, default=default.num_keys, metavar="N", help="keys in a multi-key prompt (%(default)s)")
+    )
+    tasks.add_argument(
+        "--depths",
+        type=int,
+        default=default.num_depths,
+        metavar="N",
+        help="depths of the key, evenly spaced (%(default)s)",
+    )
+    tasks.add_argument(
+        "--samples",
+        type=int,
+        default=default.num_samples,
+        metavar="N",
+        help="prompts for each length and depth (%(default)s)",
+    )
+    tasks.add_argument(
+        "--keys",
+        type=int,
+        default=default.num_keys,
+        metavar="N",
+        help="keys in a multi-key prompt (%(default)s)",
+    )
     running = parser.add_argument_group("running")
-    running.add_argument("--device", choices=("auto", "cpu", "cuda"), default=default.device, help="default: CUDA where there is a GPU")
-    running.add_argument("--dtype", choices=("auto", *DTYPES), default=default.dtype, help="default: bfloat16 on CUDA, float32 on a CPU")
-    running.add_argument("--tokens-per-batch", type=int, default=default.tokens_per_batch, metavar="N", help="(%(default)s)")
-    running.add_argument("--seed", type=int, default=default.seed, metavar="N", help="order of texts and prompts (%(default)s)")
+    running.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default=default.device,
+        help="default: CUDA where there is a GPU",
+    )
+    running.add_argument(
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default=default.dtype,
+        help="default: bfloat16 on CUDA, float32 on a CPU",
+    )
+    running.add_argument(
+        "--tokens-per-batch", type=int, default=default.tokens_per_batch, metavar="N", help="(%(default)s)"
+    )
+    running.add_argument(
+        "--seed", type=int, default=default.seed, metavar="N", help="order of texts and prompts (%(default)s)"
+    )
     return parser.parse_args(arguments)
 
 

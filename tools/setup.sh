@@ -27,7 +27,7 @@ unfinished() {
     exit 1
 }
 
-say "installing into $root/.venv: the first time 3-4 minutes and 6 GB, most of it PyTorch."
+say "installing into $root/.venv: the first time 3-5 minutes and 6 GB, most of it PyTorch."
 rm -f "$stamp"
 if ! venv_works; then
     base=$(sh tools/find_python.sh)
@@ -47,7 +47,7 @@ find .venv/lib -name '*.dist-info' -type d ! -exec test -e '{}/RECORD' ';' -prun
 say 'after the downloads, pip unpacks for a minute or two without a word.'
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt \
     --no-build-isolation --editable '.[dev,gguf]' || unfinished
-"$python" -c 'import megatron.core, torch, transformers' || unfinished
+"$python" -W ignore -c 'import megatron.core, torch, transformers' || unfinished
 
 printf '%s\n' "$wanted" >"$stamp"
 say 'complete.'

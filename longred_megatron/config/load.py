@@ -56,8 +56,7 @@ def _read_chain(path: Path, found: list[str], seen: tuple[Path, ...]) -> dict[st
     if not isinstance(base, str) or not base:
         found.append(f"{path}: `base` is {base!r}: must be the path of one recipe")
         return values
-    base_path = Path(os.path.abspath(path.parent / Path(base).expanduser()))
-    return _merge(_read_chain(base_path, found, (*seen, path)), values)
+    return _merge(_read_chain(Path(_absolute(base, path.parent)), found, (*seen, path)), values)
 
 
 def _read_file(path: Path, found: list[str], named_by: Path | None) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _read_file(path: Path, found: list[str], named_by: Path | None) -> dict[str,
         nearby = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = problems.nearest(path.name, nearby)
         raise UserError(f"{where}: no such recipe" + (f"; did you mean {hint}?" if hint else "")) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be read as a text file: {error}") from None
     try:
         values, duplicates = recipe_yaml.parse(text)
@@ -141,7 +140,7 @@ def _is_removable(keys: tuple[str, ...]) -> bool:
 
 def _is_whole(keys: tuple[str, ...], inherited: dict[str, Any], value: dict[str, Any]) -> bool:
     if keys == ("model", "rope"):
-        return value.get("method", inherited.get("method")) != inherited.get("method")
+        return "method" in value and value["method"] != inherited.get("method", value["method"])
     return len(keys) == 2 and keys[0] == "data"
 
 
@@ -165,4 +164,4 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 def _absolute(path: Any, folder: Path) -> Any:
     if not isinstance(path, str) or not path:
         return path
-    return os.path.abspath(folder / Path(path).expanduser())
+    return os.path.abspath(folder / os.path.expanduser(path))

@@ -23,6 +23,10 @@ from longred_megatron.errors import UserError
 # Two epochs of a set are kept: a micro-batch may lie across the border of two.
 EPOCHS_KEPT = 2
 SCAN_BLOCK_TOKENS = 1 << 24
+# An index starts with 9 bytes of magic, version, dtype code, number of sequences, number of document borders;
+# 12 bytes a sequence (length, place) and 8 a border follow.
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_HEADER = struct.Struct("<9xQBQQ")
 
 
 def open_indexed(prefix: str) -> IndexedDataset:
@@ -37,21 +41,30 @@ def open_indexed(prefix: str) -> IndexedDataset:
             f"make them with tools/prepare_data.py --output {prefix}, or correct the path in the recipe's "
             "section `data`"
         )
-    try:
-        dataset = IndexedDataset(prefix)
-    except (AssertionError, ValueError, struct.error) as error:
-        raise UserError(
-            f"data prefix {prefix}: not a Megatron indexed data set ({error}); "
-            "make it again with tools/prepare_data.py"
-        ) from error
-    expected_bytes = _num_tokens(dataset) * np.dtype(dataset.index.dtype).itemsize
-    found_bytes = Path(f"{prefix}.bin").stat().st_size
-    if found_bytes != expected_bytes:
-        raise UserError(
-            f"data prefix {prefix}: {prefix}.bin has {found_bytes} bytes, its index wants {expected_bytes}; "
-            "copy it again or make it again with tools/prepare_data.py"
-        )
+    # Looked at before Megatron does, whose assertions would not say what to do.
+    with open(f"{prefix}.idx", "rb") as index:
+        header = index.read(INDEX_HEADER.size)
+    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
+        raise _damaged(prefix, f"{prefix}.idx is no index of Megatron's")
+    _, _, num_sequences, num_borders = INDEX_HEADER.unpack(header)
+    _check_size(prefix, ".idx", INDEX_HEADER.size + 12 * num_sequences + 8 * num_borders)
+    if Path(f"{prefix}.bin").stat().st_size == 0:
+        raise _damaged(prefix, f"{prefix}.bin is empty")
+    dataset = IndexedDataset(prefix)
+    _check_size(prefix, ".bin", _num_tokens(dataset) * np.dtype(dataset.index.dtype).itemsize)
     return dataset
+
+
+def _check_size(prefix: str, suffix: str, expected_bytes: int) -> None:
+    found_bytes = Path(f"{prefix}{suffix}").stat().st_size
+    if found_bytes != expected_bytes:
+        raise _damaged(prefix, f"{prefix}{suffix} has {found_bytes} bytes, its index wants {expected_bytes}")
+
+
+def _damaged(prefix: str, finding: str) -> UserError:
+    return UserError(
+        f"data prefix {prefix}: {finding}; copy the set again, or make it again with tools/prepare_data.py"
+    )
 
 
 def check_tokens(prefix: str, vocab_size: int) -> None:

@@ -63,7 +63,14 @@ class Settings:
 
     def problems(self) -> list[str]:
         """One sentence for every setting out of its range."""
-        at_least = {"num_short_windows": 1, "num_long_windows": 1, "num_depths": 1, "num_samples": 1, "num_keys": 2, "tokens_per_batch": 1}
+        at_least = {
+            "num_short_windows": 1,
+            "num_long_windows": 1,
+            "num_depths": 1,
+            "num_samples": 1,
+            "num_keys": 2,
+            "tokens_per_batch": 1,
+        }
         found = [
             f"--{key.removeprefix('num_').replace('_', '-')} {getattr(self, key)}: must be at least {least}"
             for key, least in at_least.items()
@@ -73,7 +80,9 @@ class Settings:
             value = getattr(self, key)
             if value is not None and value < 2:
                 found.append(f"{flag} {value}: must be at least 2 tokens")
-        return found + [f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1]
+        return found + [
+            f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1
+        ]
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,9 @@ def evaluate(
     started = time.perf_counter()
     settings = settings or Settings()
     facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
-    reference_index = 0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
+    reference_index = (
+        0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
+    )
     report.check_output(output)
     original, extended = _windows(facts, facts[reference_index], settings)
     device = resolve_device(settings.device)
@@ -117,9 +128,13 @@ def evaluate(
     corpora: dict[str, Corpus] = {}
     for encoder in encoders:
         if encoder.fingerprint not in corpora:
-            corpora[encoder.fingerprint] = build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
+            corpora[encoder.fingerprint] = build_corpus(
+                encoder, short_source, long_source, original, extended, lengths, settings
+            )
 
-    base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
+    base = load_model(
+        facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype
+    )
     results = []
     for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
         model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
@@ -128,12 +143,15 @@ def evaluate(
 
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
     if len(corpora) > 1:
-        notes.append("the tokenizers differ: losses are per token, so perplexities of different tokenizers cannot be compared")
+        notes.append(
+            "the tokenizers differ: losses are per token, so perplexities of different tokenizers cannot be compared"
+        )
     finished = Report(
         models=tuple(results),
         original_window=original,
         extended_window=extended,
-        settings=_plain(settings) | {"lengths": list(lengths), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        settings=_plain(settings)
+        | {"lengths": list(lengths), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
         versions=_versions(device),
         notes=tuple(notes),
         command=command,
@@ -161,18 +179,26 @@ def build_corpus(
     depths = retrieval.even_depths(settings.num_depths)
     notes, prompts = [], {}
     for task, num_keys in (("passkey", 1), ("multi-key", settings.num_keys)):
-        of_task = retrieval.build_prompts(encoder, filler, lengths, depths, num_keys, settings.num_samples, settings.seed)
+        of_task = retrieval.build_prompts(
+            encoder, filler, lengths, depths, num_keys, settings.num_samples, settings.seed
+        )
         left_out = sorted(set(lengths) - {prompt.length for prompt in of_task})
         if left_out:
-            notes.append(f"{task}: left out at {_list(left_out)} tokens, too short for {num_keys} keys and the question")
+            notes.append(
+                f"{task}: left out at {_list(left_out)} tokens, too short for {num_keys} keys and the question"
+            )
         prompts[task] = (num_keys, of_task)
     for kind, windows in (("short", short), ("long", long)):
         if windows.num_joined:
-            notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
+            notes.append(
+                f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents"
+            )
     return Corpus(short, long, prompts, tuple(notes))
 
 
-def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int) -> ModelReport:
+def measure_model(
+    model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int
+) -> ModelReport:
     """All measurements of one model; `reference` may be the model itself, which then has no similarity."""
     notes = list(corpus.notes)
     similarity = None
@@ -214,7 +240,11 @@ def _facts_and_names(
         problems.append("--name: a name is given twice; names must differ")
     if len({model.resolve() for model in models}) != len(models):
         problems.append("--hf: a folder is given twice; name each model once")
-    extra = [] if reference is None or reference.resolve() in {model.resolve() for model in models} else [reference]
+    extra = (
+        []
+        if reference is None or reference.resolve() in {model.resolve() for model in models}
+        else [reference]
+    )
     facts = []
     for path in extra + models:
         try:
@@ -241,7 +271,9 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
     extended = settings.extended_window or max(original, *(fact.max_position_embeddings for fact in facts))
     problems = []
     if extended < original:
-        problems.append(f"--window {extended}: is below the original window {original}; raise it, or set --original-window")
+        problems.append(
+            f"--window {extended}: is below the original window {original}; raise it, or set --original-window"
+        )
     longest = max([extended, *settings.lengths])
     for fact in facts:
         # Rotary models compute any position; a table of learned positions ends.
@@ -257,7 +289,10 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
 
 def _plain(settings: Settings) -> dict[str, object]:
     values = dataclasses.asdict(settings)
-    return {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in values.items()}
+    return {
+        key: [str(item) for item in value] if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
 
 
 def _versions(device: torch.device) -> dict[str, str]:
@@ -266,7 +301,9 @@ def _versions(device: torch.device) -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
     }
 
 

@@ -71,11 +71,15 @@ def read_facts(path: Path) -> ModelFacts:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}/config.json: transformers cannot read it ({error}); give a causal language model") from error
+        raise UserError(
+            f"{path}/config.json: transformers cannot read it ({error}); give a causal language model"
+        ) from error
     text_config = config.get_text_config()
     window = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(window, int):
-        raise UserError(f"{path}/config.json: max_position_embeddings is missing; state the model's window in tokens there")
+        raise UserError(
+            f"{path}/config.json: max_position_embeddings is missing; state the model's window in tokens there"
+        )
     return ModelFacts(
         path=path,
         family=config.model_type,
@@ -91,7 +95,9 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine has no CUDA GPU that torch can use; use --device cpu or leave it out")
+        raise UserError(
+            "--device cuda: this machine has no CUDA GPU that torch can use; use --device cpu or leave it out"
+        )
     return torch.device(device)
 
 
@@ -135,4 +141,6 @@ def head_is_plain(network: nn.Module, device: torch.device) -> bool:
         return False
     logits = network(input_ids=probe, use_cache=False).logits
     from_head = head(states)
-    return from_head.shape == logits.shape and torch.allclose(from_head.float(), logits.float(), rtol=1e-3, atol=1e-3)
+    return from_head.shape == logits.shape and torch.allclose(
+        from_head.float(), logits.float(), rtol=1e-3, atol=1e-3
+    )

@@ -3,7 +3,15 @@
 from html import escape
 
 from longred_megatron.evaluation import plots
-from longred_megatron.evaluation.report import ModelReport, Report, all_notes, number, percent, percent_change, summary
+from longred_megatron.evaluation.report import (
+    ModelReport,
+    Report,
+    all_notes,
+    number,
+    percent,
+    percent_change,
+    summary,
+)
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fbfaf7; --card: #ffffff; --ink: #23211d; --soft: #6b665c; --faint: #e4dfd5;
@@ -74,7 +82,9 @@ def render(report: Report) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Evaluation: {escape(', '.join(model.name for model in report.models))}</title>\n"
-        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -94,7 +104,9 @@ def _findings(report: Report) -> str:
     for name, variable, is_reference in plots.legend(report):
         model = next(model for model in report.models if model.name == name)
         if not is_reference:
-            sentences.append(f"<li>{_key(variable, is_reference)}<b>{escape(name)}</b>: {_finding(model, report.reference)}</li>")
+            sentences.append(
+                f"<li>{_key(variable, is_reference)}<b>{escape(name)}</b>: {_finding(model, report.reference)}</li>"
+            )
     return f'<ul class="findings">{"".join(sentences)}</ul>' if sentences else ""
 
 
@@ -105,8 +117,12 @@ def _finding(model: ModelReport, reference: ModelReport) -> str:
         before = f"{percent(theirs.accuracy_at(length))} to " if length in theirs.lengths else ""
         parts.append(f"{ours.task} at {length:,} tokens {before}{percent(ours.accuracy_at(length))}")
     change = percent_change(model.short.perplexity, reference.short.perplexity)
-    parts.append(f"long-text perplexity {number(reference.long.perplexity)} to {number(model.long.perplexity)}")
-    parts.append(f"short-text perplexity {number(reference.short.perplexity)} to {number(model.short.perplexity)} ({change})")
+    parts.append(
+        f"long-text perplexity {number(reference.long.perplexity)} to {number(model.long.perplexity)}"
+    )
+    parts.append(
+        f"short-text perplexity {number(reference.short.perplexity)} to {number(model.short.perplexity)} ({change})"
+    )
     return "; ".join(parts) + "."
 
 
@@ -125,7 +141,9 @@ def _summary_table(report: Report) -> str:
 
 
 def _column_notes(report: Report) -> str:
-    rows = "".join(f"<dt>{escape(column.title)}</dt><dd>{escape(column.explanation)}</dd>" for column in summary(report))
+    rows = "".join(
+        f"<dt>{escape(column.title)}</dt><dd>{escape(column.explanation)}</dd>" for column in summary(report)
+    )
     return f"<details><summary>What the columns mean</summary><dl>{rows}</dl></details>"
 
 
@@ -161,13 +179,26 @@ def _similarity(report: Report, legend: str) -> list[str]:
 def _settings(report: Report) -> str:
     rows = [("notes", "<br>".join(escape(note) for note in all_notes(report)))]
     for model in report.models:
-        rows.append((model.name, escape(f"{model.path} ({model.family}, {model.num_parameters:,} parameters, RoPE {model.rope})")))
-    rows += [(key, escape(_setting(value))) for key, value in report.settings.items() if value not in (None, [])]
+        rows.append(
+            (
+                model.name,
+                escape(
+                    f"{model.path} ({model.family}, {model.num_parameters:,} parameters, RoPE {model.rope})"
+                ),
+            )
+        )
+    rows += [
+        (key, escape(_setting(value))) for key, value in report.settings.items() if value not in (None, [])
+    ]
     rows += [(key, escape(value)) for key, value in report.versions.items()]
     rows.append(("time", f"{report.seconds:.0f} seconds"))
     if report.command:
         rows.append(("command", f"<pre>{escape(report.command)}</pre>"))
-    return "<dl>" + "".join(f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{value}</dd>" for key, value in rows)
+        + "</dl>"
+    )
 
 
 def _setting(value: object) -> str:

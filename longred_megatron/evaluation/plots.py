@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -27,7 +28,7 @@ HEAT = LinearSegmentedColormap.from_list("heat", ["#f3ece2", "#f2c894", "#7fb8a4
 STYLE = {
     "font.size": 10.5,
     "axes.titlesize": 11.5,
-    "axes.titleweight": "semibold",
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.titlepad": 12,
     "text.color": INK,
@@ -131,9 +132,22 @@ def _draw_heat(axes: Axes, result: Retrieval) -> None:
     for row, values in enumerate(grid):
         for column, value in enumerate(values):
             colour = "#ffffff" if value > 0.6 else "#33291c"
-            axes.text(column + 0.5, row + 0.5, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9.5)
-    axes.set_xticks([index + 0.5 for index in range(len(result.lengths))], [f"{length:,}" for length in result.lengths])
-    axes.set_yticks([index + 0.5 for index in range(len(result.depths))], [f"{100 * depth:.0f} %" for depth in result.depths])
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                color=colour,
+                fontsize=9.5,
+            )
+    axes.set_xticks(
+        [index + 0.5 for index in range(len(result.lengths))], [f"{length:,}" for length in result.lengths]
+    )
+    axes.set_yticks(
+        [index + 0.5 for index in range(len(result.depths))],
+        [f"{100 * depth:.0f} %" for depth in result.depths],
+    )
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
     axes.set_title(f"{task_title(result)}, % answered")
@@ -160,7 +174,7 @@ def task_title(result: Retrieval) -> str:
     return "Passkey (1 key)" if result.num_keys == 1 else f"Multi-key ({result.num_keys} keys, one asked)"
 
 
-def _line(report: Report, model: ModelReport, order: int) -> dict[str, object]:
+def _line(report: Report, model: ModelReport, order: int) -> dict[str, Any]:
     """How a model's line looks: the same in every figure; the reference dashed and below the others."""
     return {
         "color": model_styles(report)[model.name][0],
@@ -190,13 +204,22 @@ def svg_of(figure: Figure, prefix: str) -> str:
     """The figure as an <svg> element for an HTML page: own ids, colours as CSS variables, no address of anything outside."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = svg.replace(' id="', f' id="{prefix}-').replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    svg = (
+        svg.replace(' id="', f' id="{prefix}-')
+        .replace('href="#', f'href="#{prefix}-')
+        .replace("url(#", f"url(#{prefix}-")
+    )
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()

@@ -53,7 +53,9 @@ class Report:
 
     def to_json(self) -> str:
         """Every number, with `kind` to know the file by. A number that is not finite becomes null."""
-        return json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
+        return (
+            json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ def summary(report: Report) -> list[Column]:
     original, extended = report.original_window, report.extended_window
     reference = report.reference.short.perplexity
     columns = [
-        Column("window", "Context window the model's config states, in tokens.", _each(report, lambda m: f"{m.max_position_embeddings:,}")),
+        Column(
+            "window",
+            "Context window the model's config states, in tokens.",
+            _each(report, lambda m: f"{m.max_position_embeddings:,}"),
+        ),
         Column(
             f"short ppl @{original:,}",
             f"Perplexity on short texts at the original window of {original:,} tokens; lower is better.",
@@ -79,7 +85,10 @@ def summary(report: Report) -> list[Column]:
         Column(
             "change",
             "Change of the short-text perplexity against the reference; near zero means short texts are kept.",
-            _each(report, lambda m: "reference" if m.is_reference else percent_change(m.short.perplexity, reference)),
+            _each(
+                report,
+                lambda m: "reference" if m.is_reference else percent_change(m.short.perplexity, reference),
+            ),
         ),
         Column(
             f"long ppl @{extended:,}",
@@ -94,7 +103,9 @@ def summary(report: Report) -> list[Column]:
                 f"Share of prompts of {result.lengths[-1]:,} tokens answered in full, over all depths"
                 + (f", with {result.num_keys} keys in the prompt" if result.num_keys > 1 else "")
                 + "; higher is better.",
-                _each(report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))),
+                _each(
+                    report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))
+                ),
             )
         )
     columns.append(
@@ -111,10 +122,16 @@ def format_table(report: Report) -> str:
     """The summary as aligned plain text, and the notes below it."""
     columns = [Column("model", "", tuple(model.name for model in report.models)), *summary(report)]
     widths = [max(len(column.title), *map(len, column.cells)) for column in columns]
-    rows = [[column.title for column in columns], *map(list, zip(*(column.cells for column in columns), strict=True))]
+    rows = [
+        [column.title for column in columns],
+        *map(list, zip(*(column.cells for column in columns), strict=True)),
+    ]
     lines = []
     for row in rows:
-        first, *others = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True)))
+        first, *others = (
+            text.ljust(w) if i == 0 else text.rjust(w)
+            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+        )
         lines.append("  ".join([first, *others]))
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join([*lines, *(f"note: {note}" for note in all_notes(report))])
@@ -167,4 +184,6 @@ def check_output(output: Path) -> None:
     except ValueError:
         held = None
     if not (isinstance(held, dict) and held.get("kind") == KIND):
-        raise UserError(f"--output {output}: is not empty and holds no earlier report; give a new folder, nothing is overwritten")
+        raise UserError(
+            f"--output {output}: is not empty and holds no earlier report; give a new folder, nothing is overwritten"
+        )

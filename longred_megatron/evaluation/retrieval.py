@@ -87,7 +87,10 @@ def build_prompt(
     while len(set(values)) < num_keys:
         values = [retrieval_text.draw_value(rng) for _ in words]
     # Keys and question open a line of their own wherever the filler is cut, so each brings the newline before it.
-    keys = [encoder.encode("\n" + retrieval_text.needle(word, value)) for word, value in zip(words, values, strict=True)]
+    keys = [
+        encoder.encode("\n" + retrieval_text.needle(word, value))
+        for word, value in zip(words, values, strict=True)
+    ]
     question, answer = _question_and_answer(encoder, words[0], values[0])
     num_filler = length - len(encoder.start) - sum(map(len, keys)) - len(question) - len(answer)
     if num_filler < 0:
@@ -129,13 +132,26 @@ def _question_and_answer(encoder: TextEncoder, word: str, value: str) -> tuple[l
 
 
 def build_prompts(
-    encoder: TextEncoder, filler: Sequence[int], lengths: Sequence[int], depths: Sequence[float], num_keys: int, num_samples: int, seed: int
+    encoder: TextEncoder,
+    filler: Sequence[int],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    num_keys: int,
+    num_samples: int,
+    seed: int,
 ) -> list[Prompt]:
     """`num_samples` prompts for every length and depth, a pure function of the arguments. Lengths too short for the keys are left out."""
     prompts = []
     for length in lengths:
         drawn = [
-            build_prompt(encoder, filler, length, depth, num_keys, random.Random(f"{seed}/{num_keys}/{length}/{depth}/{sample}"))
+            build_prompt(
+                encoder,
+                filler,
+                length,
+                depth,
+                num_keys,
+                random.Random(f"{seed}/{num_keys}/{length}/{depth}/{sample}"),
+            )
             for depth in depths
             for sample in range(num_samples)
         ]
@@ -169,11 +185,17 @@ def measure_retrieval(
 ) -> Retrieval:
     """Scores every prompt, batched by length, and gathers them in cells. Raises `UserError` when there is no prompt."""
     if not prompts:
-        raise UserError(f"{task}: no length has room for {num_keys} keys and the question; give longer --lengths or fewer --keys")
+        raise UserError(
+            f"{task}: no length has room for {num_keys} keys and the question; give longer --lengths or fewer --keys"
+        )
     lengths = tuple(sorted({prompt.length for prompt in prompts}))
     depths = tuple(sorted({prompt.depth for prompt in prompts}))
-    scores: dict[tuple[int, float], list[bool]] = {(length, depth): [] for length in lengths for depth in depths}
-    with tqdm(total=len(prompts), desc=f"{model.name}: {task}", unit="prompt", disable=None, leave=False) as progress:
+    scores: dict[tuple[int, float], list[bool]] = {
+        (length, depth): [] for length in lengths for depth in depths
+    }
+    with tqdm(
+        total=len(prompts), desc=f"{model.name}: {task}", unit="prompt", disable=None, leave=False
+    ) as progress:
         for length in lengths:
             of_length = [prompt for prompt in prompts if prompt.length == length]
             size = max(1, tokens_per_batch // length)
@@ -182,5 +204,7 @@ def measure_retrieval(
                 for prompt, right in zip(batch, answered(model, batch), strict=True):
                     scores[prompt.length, prompt.depth].append(right)
                 progress.update(len(batch))
-    cells = tuple(Cell(length, depth, len(hits), sum(hits) / len(hits)) for (length, depth), hits in scores.items())
+    cells = tuple(
+        Cell(length, depth, len(hits), sum(hits) / len(hits)) for (length, depth), hits in scores.items()
+    )
     return Retrieval(task, num_keys, lengths, depths, cells)

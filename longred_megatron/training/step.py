@@ -47,7 +47,17 @@ class TrainStep:
         self.layers = distilled_layers(self.recipe, self.student[0].module.architecture.num_layers)
 
     def __call__(self, microbatches: Sequence[MicroBatch]) -> StepResult:
-        """Args: microbatches: this replica's, whole; cut here for this rank of the context axis."""
+        """Trains on this replica's micro-batches of one step."""
+        losses, teacher_seconds = self.forward_backward(microbatches)
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(losses, float(grad_norm), teacher_seconds)
+
+    def forward_backward(self, microbatches: Sequence[MicroBatch]) -> tuple[list[dict[str, Tensor]], float]:
+        """Leaves the step's reduced gradients in `main_grad`; returns the losses and the teacher's seconds.
+
+        Args:
+            microbatches: this replica's, whole; cut here for this rank of the context axis.
+        """
         local = [self._cut(m) for m in microbatches]
         started = time.perf_counter()
         targets = self._teacher_pass(local)
@@ -55,9 +65,7 @@ class TrainStep:
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._student_pass(local, targets)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(losses, float(grad_norm), teacher_seconds)
+        return self._student_pass(local, targets), teacher_seconds
 
     def _cut(self, microbatch: MicroBatch) -> MicroBatch:
         """The part of this context-parallel rank, on its device."""

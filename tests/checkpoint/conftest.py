@@ -1,66 +1,14 @@
-"""Small random models of every family as Hugging Face folders, and a world of one process."""
-
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from longred_megatron.config.schema import Parallel
 from longred_megatron.parallel.groups import destroy, initialize
 
-# No two sizes are equal, so that a swapped dim is seen. The vocabulary is odd, so that it needs padding.
-SIZES: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=101, max_position_embeddings=64
-)
-GROUPED: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2)
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-
-MODELS: dict[str, Callable[[], PretrainedConfig]] = {
-    "llama_2": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
-    "llama_3": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-    "llama_3_2": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
-    "llama_biases": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
-    "llama_yarn": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=YARN_ROPE),
-    "llama_linear": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LINEAR_ROPE),
-    "mistral": lambda: MistralConfig(**SIZES, **GROUPED, head_dim=16, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**SIZES, **GROUPED),
-    "qwen2_tied": lambda: Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16),
-    "qwen3_tied": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16, tie_word_embeddings=True),
-}
-
-
-def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    """A model of `MODELS` with every parameter random (transformers starts norms at one and biases at zero)."""
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
-    generator = torch.Generator().manual_seed(7)
-    for parameter in model.parameters():
-        parameter.data.normal_(0.0, 0.3, generator=generator)
-    model.save_pretrained(folder, **save)
-    return folder
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    """Sets keys of a JSON file; a value of None removes the key."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-
 
 @pytest.fixture(scope="module")
 def groups() -> Iterator[ProcessGroupCollection]:
+    """The groups of a world of one process."""
     yield initialize(Parallel(), seed=1)
     destroy()

@@ -12,7 +12,7 @@ from longred_megatron.checkpoint.weight_map import (
     tensor_shapes,
 )
 from longred_megatron.config import read_architecture
-from tests.checkpoint.conftest import MODELS
+from tests.checkpoint.small_models import MODELS
 
 
 @pytest.fixture(params=MODELS)

@@ -57,5 +57,5 @@ def test_a_single_set_gives_everything():
 
 def test_order_is_pinned():
     """A change here would change the data of runs that resume."""
-    interleaving = Interleaving([0.5, 0.3, 0.2])
-    assert [interleaving[index][0] for index in range(10)] == [0, 1, 2, 0, 1, 0, 0, 2, 1, 0]
+    interleaving = Interleaving([5, 3, 2])
+    assert [interleaving[index][0] for index in range(10)] == [0, 1, 0, 2, 0, 1, 0, 2, 0, 1]

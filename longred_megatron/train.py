@@ -1,0 +1,68 @@
+"""The training command: `torchrun --nproc-per-node N -m longred_megatron.train RECIPE [key=value ...]`."""
+
+import argparse
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from longred_megatron.config import check_recipe, load_recipe, read_architecture, startup_summary
+from longred_megatron.errors import UserError, run_cli
+
+_EXAMPLES = """examples:
+  python -m longred_megatron.train recipes/tiny_longred_c.yaml
+  torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml
+  torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml \\
+      training.steps=100 parallel.tensor=4 run.dir=runs/try
+
+A run goes on from the newest checkpoint in its run.dir. SIGTERM or Ctrl-C saves a checkpoint and stops."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Checks the recipe, its model, its data and its run folder before a process group exists; then trains."""
+    parser = argparse.ArgumentParser(
+        prog="python -m longred_megatron.train",
+        description="Gives a Hugging Face model a longer context window, as a recipe says.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, help="the YAML recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # what is not installed on a CPU, or deprecated
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    source = read_architecture(recipe.model.hf)
+    teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    problems = check_recipe(recipe, source, teacher, world_size)
+    if problems:
+        raise UserError(*problems)
+
+    from longred_megatron.data.microbatch import MicroBatchSource
+    from longred_megatron.data.sequences import check_tokens
+    from longred_megatron.training.run_folder import check_run_folder
+
+    check_run_folder(recipe)
+    data = MicroBatchSource(recipe)
+    for blend in recipe.data.values():
+        for prefix in blend:
+            check_tokens(prefix, source.vocab_size)
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        print(startup_summary(recipe, source, world_size, teacher), flush=True)
+
+    from longred_megatron.parallel import groups
+    from longred_megatron.training.run import build, train
+
+    run = build(recipe, source, teacher, data, groups.initialize(recipe.parallel, recipe.training.seed))
+    try:
+        train(run)
+    finally:
+        groups.destroy()
+
+
+if __name__ == "__main__":
+    run_cli(main)

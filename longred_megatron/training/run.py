@@ -1,0 +1,225 @@
+"""A whole run: build, resume, train step by step, save, export."""
+
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.config import Architecture, Recipe, dump_recipe, rope_extension
+from longred_megatron.data.microbatch import MicroBatch, MicroBatchSource, dump
+from longred_megatron.errors import UserError
+from longred_megatron.model.megatron_config import DTYPES
+from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.objectives.mixture import microbatch_order
+from longred_megatron.objectives.rope import extended_rope
+from longred_megatron.training import metrics as m
+from longred_megatron.training import run_folder
+from longred_megatron.training.flops import step_flops
+from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
+from longred_megatron.training.signals import StopRequest
+from longred_megatron.training.step import TrainStep, distilled_layers, every_replica_ends_on_cross_entropy
+
+
+@dataclass
+class Run:
+    """What one rank holds of a run."""
+
+    recipe: Recipe
+    source: Architecture  # of model.hf, as released
+    student: Architecture  # the same with the longer window
+    teacher: Architecture | None
+    data: MicroBatchSource
+    groups: ProcessGroupCollection
+    stages: list[Stage]
+    optimizer: MegatronOptimizer
+    train_step: TrainStep
+
+    @property
+    def is_main(self) -> bool:
+        return torch.distributed.get_rank() == 0
+
+
+def extended_architecture(recipe: Recipe, source: Architecture) -> Architecture:
+    """The model with the recipe's RoPE and window."""
+    rope = extended_rope(source.rope, **rope_extension(recipe, source))
+    return replace(source, rope=rope, max_position_embeddings=recipe.model.max_position_embeddings)
+
+
+def build(
+    recipe: Recipe,
+    source: Architecture,
+    teacher: Architecture | None,
+    data: MicroBatchSource,
+    groups: ProcessGroupCollection,
+) -> Run:
+    """Builds student, teacher and optimizer with their initial weights. `teacher` is None where no objective needs it."""
+    student = extended_architecture(recipe, source)
+    stages = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
+    huggingface.load_weights(stages, recipe.model.hf, student, groups)
+    teacher_stages = build_teacher(recipe, teacher, groups) if teacher is not None else []
+
+    order = microbatch_order({name: o.microbatches for name, o in recipe.objectives.items()})
+    overlap = torch.cuda.is_available() and every_replica_ends_on_cross_entropy(order, groups.dp.size())
+    chunks = data_parallel(stages, groups, overlap)
+    optimizer = build_optimizer(recipe.optimizer, recipe.precision, chunks)
+    step = TrainStep(recipe, chunks, teacher_stages, optimizer, groups)
+    return Run(recipe, source, student, teacher, data, groups, stages, optimizer, step)
+
+
+def build_teacher(recipe: Recipe, teacher: Architecture, groups: ProcessGroupCollection) -> list[Stage]:
+    """The frozen teacher on the student's layout, up to the deepest layer any objective compares, without a head.
+
+    It lives outside the student's modules, optimizer and checkpoints.
+    """
+    # Untied: an unused head would have Megatron synchronise it with the embedding of the first stage.
+    stages = build_stages(replace(teacher, tied_embeddings=False), recipe.parallel, recipe.precision, groups)
+    for stage in stages:
+        stage.truncate(teacher_depth(recipe, teacher))
+        stage.eval().requires_grad_(False)
+    huggingface.load_weights(stages, recipe.teacher.hf, teacher, groups)
+    return stages
+
+
+def teacher_depth(recipe: Recipe, teacher: Architecture) -> int:
+    """The deepest layer whose hidden states any objective compares."""
+    layers = distilled_layers(recipe, teacher.num_layers)
+    return max(max(numbers) for numbers in layers.values())
+
+
+def train(run: Run) -> None:
+    """Trains from the newest checkpoint in the run folder, or from the start, to `training.steps`, and exports.
+
+    Raises:
+        UserError: a loss or gradient is not finite, or the disk is full.
+        SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
+    """
+    recipe, folder, steps = run.recipe, run.recipe.run.dir, run.recipe.training.steps
+    first = _resume(run) + 1
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    teacher_layers = run.teacher and teacher_depth(recipe, run.teacher)
+    flops = step_flops(recipe, run.student, run.teacher, teacher_layers or 0)
+    writer = m.MetricsWriter(folder, steps, first, sys.stdout) if run.is_main else None
+    with StopRequest() as stop, closing(writer) if writer else nullcontext():
+        for step, microbatches in _prefetched(run, first, steps):
+            metrics = _one_step(run, step, microbatches, flops)
+            _check_finite(metrics, folder)
+            if writer:
+                writer.write(metrics)
+            signal = stop.agreed()
+            if signal or step == steps or step % recipe.training.checkpoint_every_steps == 0:
+                _save(run, step)
+            if signal:
+                raise SystemExit(128 + signal)
+    _export(run)
+
+
+def _one_step(run: Run, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
+    recipe, groups = run.recipe, run.groups
+    rate = set_hyperparameters(run.optimizer, recipe.optimizer, step, recipe.training.steps)
+    if recipe.debug.dump_microbatches and groups.mp.rank() == 0 and groups.cp.rank() == 0:
+        dump(microbatches, recipe.debug.dump_microbatches, step=step, replica=groups.dp.rank())
+    started = time.perf_counter()
+    result = run.train_step(microbatches)
+    names = m.loss_names(run.train_step.layers, [name for name, _ in recipe.objectives.items()])
+    losses = m.reduce_losses(result.losses, names, recipe, groups)  # waits for the device: the step is over
+    seconds = time.perf_counter() - started
+    tokens, peak = recipe.num_microbatches * recipe.step.tokens_per_microbatch, m.peak_flops()
+    return {
+        "step": step,
+        **losses,
+        "grad_norm": result.grad_norm,
+        "lr": rate,
+        "tokens": step * tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "model_flops_utilization": peak and flops / seconds / peak / torch.distributed.get_world_size(),
+        "teacher_seconds": result.teacher_seconds,
+        **m.memory(),
+    }
+
+
+def _prefetched(run: Run, first: int, last: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+    """(step, micro-batches of this replica); those of the next step are read while the current one trains."""
+    dp = run.groups.dp
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
+        pending = reader.submit(run.data.step, first, dp.rank(), dp.size()) if first <= last else None
+        for step in range(first, last + 1):
+            assert pending is not None
+            microbatches = pending.result()
+            if step < last:
+                pending = reader.submit(run.data.step, step + 1, dp.rank(), dp.size())
+            yield step, microbatches
+
+
+def _check_finite(metrics: dict[str, Any], folder: Any) -> None:
+    name = m.first_non_finite(metrics)
+    if name is None:
+        return
+    what = f"{name} is {metrics[name]}"
+    if name == "grad_norm":
+        losses = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/") and "layer_" not in k)
+        what += f" (losses are finite: {losses})"
+    saved = run_folder.checkpoints(folder)
+    good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
+    raise UserError(
+        f"step {metrics['step']}: {what}; nothing of this step is saved, {good}. Lower optimizer.lr, use warm-up or "
+        "precision.params=fp32, or look at the step's data with debug.dump_microbatches=FOLDER, then start again"
+    )
+
+
+def _resume(run: Run) -> int:
+    """Loads the newest checkpoint and returns its step; 0 without one."""
+    saved = run_folder.checkpoints(run.recipe.run.dir)
+    if not saved:
+        return 0
+    step, path = saved[-1]
+    if run.is_main:
+        print(f"resuming after step {step} from {path}")
+    distributed.load(path, run.stages, run.optimizer)
+    return step
+
+
+def _save(run: Run, step: int) -> None:
+    path = run_folder.checkpoint_path(run.recipe.run.dir, step)
+    if not path.exists():
+        description = {
+            "architecture": asdict(run.student),
+            "source_hf": str(run.recipe.model.hf),
+            "dtype": run.recipe.precision.params,
+            "step": step,
+        }
+        files = {"recipe.yaml": dump_recipe(run.recipe)}
+        distributed.save(path, run.stages, description, run.optimizer, files)
+    if run.is_main:
+        run_folder.prune_checkpoints(run.recipe.run.dir, run.recipe.training.keep_checkpoints)
+
+
+def _export(run: Run) -> None:
+    output = run.recipe.run.dir / "hf"
+    if output.exists():
+        if run.is_main:
+            print(f"the exported model is already at {output}")
+        return
+    huggingface.export(
+        run.stages,
+        run.recipe.model.hf,
+        output,
+        run.source,
+        run.groups,
+        rope=run.student.rope,
+        max_position_embeddings=run.student.max_position_embeddings,
+        dtype=DTYPES[run.recipe.precision.params],
+        recipe_text=dump_recipe(run.recipe),
+    )
+    if run.is_main:
+        print(f"exported the model to {output}")

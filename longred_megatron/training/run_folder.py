@@ -1,0 +1,68 @@
+"""The run folder: whose it is, where its checkpoints lie, which are kept."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longred_megatron.config import Recipe, dump_recipe
+from longred_megatron.errors import UserError
+
+# What may change between the parts of one run without making it another run: how far and on what it runs, what it keeps.
+_FREE_SECTIONS = ("parallel", "debug")
+_FREE_KEYS = ("training.steps", "training.recompute", "training.checkpoint_every_steps", "training.keep_checkpoints")
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """Raises UserError when `run.dir` holds something else than an earlier part of this very run. Writes nothing."""
+    folder = recipe.run.dir
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"run.dir: {folder} is a file; choose a folder")
+    stored = folder / "recipe.yaml"
+    if not stored.exists():
+        if any(folder.iterdir()):
+            raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
+        return
+    old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(), dump_recipe(recipe)))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+    if changed:
+        listing = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:5])
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UserError(
+            f"run.dir: {folder} belongs to another recipe ({listing}{more}); "
+            "choose another run.dir to start anew, or restore these keys to go on"
+        )
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies."""
+    return folder / "checkpoints" / f"step-{step:06}"
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of the complete checkpoints, oldest first."""
+    found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in (folder / "checkpoints").glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for _, path in checkpoints(folder)[:-keep]:
+        shutil.rmtree(path)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return key in _FREE_KEYS or key.split(".")[0] in _FREE_SECTIONS

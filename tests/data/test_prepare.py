@@ -1,0 +1,144 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from longred_megatron.data import prepare as prepare_module
+from longred_megatron.data.prepare import prepare
+from longred_megatron.data.sequences import SequenceSource, check_tokens
+from longred_megatron.data.tokenizer import load_tokenizer
+from longred_megatron.errors import UserError
+
+
+def documents_of(prefix):
+    dataset = IndexedDataset(str(prefix))
+    assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
+    return [dataset[index].tolist() for index in range(len(dataset))]
+
+
+def digests_of(prefix):
+    return {
+        suffix: hashlib.sha256(prefix.with_suffix(suffix).read_bytes()).hexdigest()
+        for suffix in (".bin", ".idx", ".json")
+    }
+
+
+@pytest.mark.parametrize("tokenizer", ["sentencepiece_model", "hf_tokenizer"])
+def test_documents_and_report(request, tmp_path, corpus, jsonl, tokenizer):
+    path = request.getfixturevalue(tokenizer)
+    (tmp_path / "more.txt").write_text("a document of its own")
+    report = prepare([jsonl, tmp_path / "more.txt"], path, tmp_path / "sets" / "all")
+    tokenizer = load_tokenizer(path)
+    documents = documents_of(tmp_path / "sets" / "all")
+    assert [document[-1] for document in documents] == [tokenizer.end_of_document] * len(documents)
+    assert [tokenizer.decode(document[:-1]) for document in documents] == [*corpus, "a document of its own"]
+    assert report.documents_kept == len(documents) and report.documents_dropped == 0
+    assert report.tokens == sum(map(len, documents))
+    assert report.dtype == IndexedDataset(str(tmp_path / "sets" / "all")).index.dtype.__name__ == "uint16"
+    stored = json.loads((tmp_path / "sets" / "all.json").read_text())
+    assert stored["vocab_size"] == tokenizer.vocab_size
+    assert stored["end_of_document"] == tokenizer.end_of_document
+    assert stored["tokenizer"] == str(path) and stored["tokenizer_sha256"]
+    assert stored["documents_kept"] == len(documents) and stored["tokens"] == report.tokens
+    # What comes out is what training reads.
+    check_tokens(str(tmp_path / "sets" / "all"), tokenizer.vocab_size)
+    assert SequenceSource({str(tmp_path / "sets" / "all"): 1.0}, 64, seed=0)[0].shape == (65,)
+
+
+def test_histogram_counts_documents_by_powers_of_two(tmp_path, jsonl, sentencepiece_model):
+    report = prepare([jsonl], sentencepiece_model, tmp_path / "set")
+    lengths = np.array([len(document) for document in documents_of(tmp_path / "set")])
+    bounds = [each.up_to_tokens for each in report.lengths]
+    for bucket in report.lengths:
+        inside = (lengths <= bucket.up_to_tokens) & (lengths > bucket.up_to_tokens // 2)
+        assert (bucket.documents, bucket.tokens) == (inside.sum(), lengths[inside].sum())
+    assert bounds == sorted(set(bounds)) and len(bounds) > 2
+    assert sum(each.documents for each in report.lengths) == len(lengths)
+    assert f"{len(lengths):,} documents kept" in report.summary()
+
+
+def test_short_and_empty_documents_are_dropped(tmp_path, sentencepiece_model):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "x" * size}) + "\n" for size in (0, 40, 1, 80)))
+    tokenizer = load_tokenizer(sentencepiece_model)
+    limit = len(tokenizer.encode("x" * 40))  # the end of document does not help
+    report = prepare([path], sentencepiece_model, tmp_path / "long", min_tokens=limit)
+    assert (report.documents_kept, report.documents_dropped) == (2, 2)
+    assert prepare([path], sentencepiece_model, tmp_path / "all").documents_dropped == 1
+    with pytest.raises(UserError, match="no document kept: 4 read, each with fewer than 1000 tokens"):
+        prepare([path], sentencepiece_model, tmp_path / "none", min_tokens=1000)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match="no document kept: 0 read"):
+        prepare([tmp_path / "empty.jsonl"], sentencepiece_model, tmp_path / "none")
+    assert not list(tmp_path.glob("*none*"))
+
+
+def test_workers_change_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_model):
+    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
+    prepare([jsonl], sentencepiece_model, tmp_path / "one")
+    prepare([jsonl], sentencepiece_model, tmp_path / "two", workers=2)
+    assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
+
+
+def test_few_chunks_are_under_way_at_once(tmp_path, monkeypatch, jsonl, sentencepiece_model):
+    """Documents are read as they are needed, not all at the start."""
+
+    class Pool:
+        def __init__(self, *_args, **_settings):
+            self.waiting, self.most = 0, 0
+            pools.append(self)
+
+        def submit(self, function, *arguments):
+            self.waiting += 1
+            self.most = max(self.most, self.waiting)
+            return Ready(self, function(*arguments))
+
+        def shutdown(self, cancel_futures):
+            assert cancel_futures
+
+    class Ready:
+        def __init__(self, pool, value):
+            self.pool, self.value = pool, value
+
+        def result(self):
+            self.pool.waiting -= 1
+            return self.value
+
+    pools: list[Pool] = []
+    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 1)
+    report = prepare([jsonl], sentencepiece_model, tmp_path / "set", workers=2)
+    assert report.documents_kept > 2 * prepare_module.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
+
+
+def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, monkeypatch, jsonl, sentencepiece_model):
+    large = load_tokenizer(sentencepiece_model)
+    large.vocab_size = 100_000
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _: large)
+    assert prepare([jsonl], sentencepiece_model, tmp_path / "set").dtype == "int32"
+
+
+def test_a_set_is_replaced_only_on_demand(tmp_path, jsonl, sentencepiece_model):
+    prefix = tmp_path / "set"
+    prepare([jsonl], sentencepiece_model, prefix)
+    before = digests_of(prefix)
+    (tmp_path / "other.txt").write_text("other text")
+    with pytest.raises(UserError, match=r"set\.bin.*set\.json.*set\.idx exists.*--overwrite"):
+        prepare([tmp_path / "other.txt"], sentencepiece_model, prefix)
+    assert digests_of(prefix) == before
+    assert prepare([tmp_path / "other.txt"], sentencepiece_model, prefix, overwrite=True).documents_kept == 1
+    assert len(documents_of(prefix)) == 1
+
+
+def test_a_failure_leaves_what_was_there(tmp_path, jsonl, sentencepiece_model):
+    prefix = tmp_path / "out" / "set"
+    prepare([jsonl], sentencepiece_model, prefix)
+    before = digests_of(prefix)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "good"}\n{"text": 3}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:2"):
+        prepare([bad], sentencepiece_model, prefix, overwrite=True)
+    assert digests_of(prefix) == before
+    assert len(list(prefix.parent.iterdir())) == 3  # nothing half written is left beside it

@@ -1,0 +1,87 @@
+import hashlib
+import json
+
+import pytest
+import sentencepiece
+
+from longred_megatron.data.tokenizer import file_digests, load_tokenizer
+from longred_megatron.errors import UserError
+
+WHITESPACE = "  def f(x):\n\t\treturn  x\r\n\n\n   # naïve – 日本 \x00 end  \n"
+
+
+@pytest.fixture(params=["sentencepiece_model", "hf_tokenizer"])
+def path(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_text_comes_back_as_it_was(path, corpus):
+    tokenizer = load_tokenizer(path)
+    for text in [WHITESPACE, "", " ", *corpus]:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_nothing_is_added(path):
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("return")
+    assert tokenizer.end_of_document not in ids
+    assert 0 <= max(ids) < tokenizer.vocab_size
+
+
+def test_vocabulary_counts_added_tokens(hf_tokenizer, sentencepiece_model):
+    tokenizer = load_tokenizer(hf_tokenizer)
+    assert tokenizer.end_of_document == 300
+    assert tokenizer.vocab_size == 301
+    assert load_tokenizer(sentencepiece_model).vocab_size == 300
+
+
+def test_special_tokens_may_be_added_in_front(hf_tokenizer, tmp_path):
+    """A tokenizer that starts every text with a token of its own (as Llama's) must not do so here."""
+    from tokenizers import Tokenizer, processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
+    inner.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 300)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode("return") == load_tokenizer(hf_tokenizer).encode("return")
+
+
+def test_digests_name_the_files(path):
+    digests = file_digests(path)
+    name = "tokenizer.json" if path.is_dir() else path.name
+    file = path / name if path.is_dir() else path
+    assert digests[name] == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_no_end_of_document_is_an_error(hf_tokenizer, tmp_path, corpus):
+    (tmp_path / "tokenizer.json").write_bytes((hf_tokenizer / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    with pytest.raises(UserError, match="eos_token in its tokenizer_config"):
+        load_tokenizer(tmp_path)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(tmp_path / "endless"), vocab_size=300,
+        model_type="bpe", hard_vocab_limit=False, eos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="eos_id -1"):
+        load_tokenizer(tmp_path / "endless.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "does not exist"),
+        ("tokenizer.json", "another kind of file"),
+        ("broken.model", "cannot load it"),
+        ("empty_folder", "cannot load it"),
+    ],
+)
+def test_what_is_no_tokenizer_is_an_error(tmp_path, name, message):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "broken.model").write_text("nothing")
+    (tmp_path / "empty_folder").mkdir()
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path / name)
