@@ -6,6 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.models import DTYPES
@@ -16,13 +18,16 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf runs/b/hf --output report
 
   # own texts: short ones for what should be kept, long ones for what should be gained
-  python tools/evaluate.py --hf models/base runs/a/hf --short-text texts/short.jsonl --long-text texts/books --output report
+  python tools/evaluate.py --hf models/base runs/a/hf --short-text texts/short.jsonl --long-text texts/books
+  --output report
 
   # a quick look at a long window on one GPU
-  python tools/evaluate.py --hf models/base runs/a/hf --window 131072 --samples 2 --long-windows 4 --output report
+  python tools/evaluate.py --hf models/base runs/a/hf --window 131072 --samples 2 --long-windows 4 --output
+  report
 
-Texts are .txt files, .jsonl files with a "text" on each line, or folders of them; with none, the Python standard library's sources
-of this machine. The output folder gets report.html and results.json. It must be new, empty, or hold an earlier report."""
+Texts are .txt files, .jsonl files with a "text" on each line, or folders of them; with none, the Python
+standard library's sources of this machine. The output folder gets report.html and results.json. It must be
+new, empty, or hold an earlier report."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -100,7 +105,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=int,
         default=[],
         metavar="N",
-        help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled up to the extended one)",
+        help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled "
+        "up to the extended one)",
     )
     tasks.add_argument(
         "--depths",
@@ -137,7 +143,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help="default: bfloat16 on CUDA, float32 on a CPU",
     )
     running.add_argument(
-        "--tokens-per-batch", type=int, default=default.tokens_per_batch, metavar="N", help="(%(default)s)"
+        "--tokens-per-batch",
+        type=int,
+        metavar="N",
+        help="default: 16384 on CUDA, 2048 on a CPU (its caches are small)",
     )
     running.add_argument(
         "--seed", type=int, default=default.seed, metavar="N", help="order of texts and prompts (%(default)s)"
@@ -147,6 +156,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # transformers shows one for each model it loads, terminal or not
     options = parse(arguments)
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import chain
@@ -146,7 +148,7 @@ def _check_settings(output_prefix: Path, min_tokens: int, workers: int, overwrit
     ]
     if existing and not overwrite:
         problems.append(
-            f"{', '.join(existing)} exists; choose another --output, or replace the set with --overwrite"
+            f"{', '.join(existing)}: already there; choose another --output, or replace them with --overwrite"
         )
     if problems:
         raise UserError(*problems)
@@ -225,19 +227,21 @@ def _write_indexed(
 ) -> tuple[NDArray[np.int64], int, str]:
     """Writes PREFIX.bin and .idx. Returns the lengths of the documents kept, how many not, and the dtype."""
     # Megatron takes seconds to import: at the top of this file every tokenizing process would spend them too.
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+    with warnings.catch_warnings(action="ignore"):  # about kernels that are not needed here
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     dropped = 0
-    for documents, num_bytes in encoded:
-        for tokens in documents:
-            if len(tokens) - 1 < min_tokens:
-                dropped += 1
-            else:
-                builder.add_document(tokens, [len(tokens)])
-        progress.update(num_bytes)
-    builder.finalize(f"{prefix}.idx")
+    with closing(builder.data_file):  # `finalize` closes it too, but a failure never gets there
+        for documents, num_bytes in encoded:
+            for tokens in documents:
+                if len(tokens) - 1 < min_tokens:
+                    dropped += 1
+                else:
+                    builder.add_document(tokens, [len(tokens)])
+            progress.update(num_bytes)
+        builder.finalize(f"{prefix}.idx")
     return np.array(builder.sequence_lengths, dtype=np.int64), dropped, np.dtype(dtype).name
 
 

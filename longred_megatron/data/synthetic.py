@@ -2,29 +2,34 @@
 
 Three kinds of text:
 
-- *prose and code*: the sources of the Python standard library and the help topics of `pydoc`;
-- *repeats*: random words, said several times over, from which a small model learns to copy;
-- *keys*: standard-library lines with sentences of `evaluation.retrieval_text` between them, each said more than once. Every later saying can only be
-  predicted by finding the first one, so one text holds many retrieval exercises, at many distances.
+- *code and prose*: the sources of the Python standard library and the help topics of `pydoc`;
+- *repeats*: lines of random words, each said several times, from which a small model learns to copy;
+- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of the library. Every later
+  saying can only be predicted by finding an earlier one, so one text holds many retrieval exercises over many distances.
 
-Everything is a pure function of the generator that is passed in and of the Python version.
+Everything is a pure function of the generator passed in (a seed and the set's name) and of the Python version.
 """
 
+import json
+import math
 import random
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from longred_megatron.errors import UserError
 from longred_megatron.evaluation.retrieval_text import WORDS, draw_value, needle
 
-# Never trained on: what perplexity is measured on.
+# Never trained on: perplexity is measured here, and retrieval between these lines.
 HELD_OUT_MODULES = (
     "argparse.py", "bisect.py", "cmd.py", "csv.py", "email/message.py", "fractions.py", "gzip.py", "http/client.py", "json/decoder.py",
     "json/encoder.py", "mailbox.py", "queue.py", "sched.py", "shelve.py", "statistics.py", "tarfile.py", "textwrap.py", "timeit.py",
 )  # fmt: skip
 # Tests repeat themselves, and the code pages under encodings are tables of characters.
-_SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "ensurepip", "config"})
+_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "ensurepip"}
+)
 
 
 def library_modules() -> dict[str, str]:
@@ -38,52 +43,143 @@ def library_modules() -> dict[str, str]:
     return modules
 
 
-def help_topics() -> list[str]:
-    """The help pages of `pydoc`, English prose about the language."""
-    return [text for _, text in sorted(topics.items())]
+def training_texts() -> list[str]:
+    """Every module that is not held out, then the pages of `help()`."""
+    modules = [text for name, text in library_modules().items() if name not in HELD_OUT_MODULES]
+    return modules + [page for _, page in sorted(topics.items())]
 
 
-def training_modules() -> list[str]:
-    return [text for name, text in library_modules().items() if name not in HELD_OUT_MODULES] + help_topics()
-
-
-def held_out_modules() -> list[str]:
+def held_out_texts() -> list[str]:
     modules = library_modules()
-    return [modules[name] for name in HELD_OUT_MODULES if name in modules]
+    return [modules[name] for name in HELD_OUT_MODULES]
 
 
-def windows(texts: Sequence[str], rng: random.Random, num_characters: int) -> Iterator[str]:
-    """Endless stretches of whole lines, about `num_characters` long each, from random places of random texts (chosen by length)."""
-    pool = [text.splitlines(keepends=True) for text in texts if len(text) >= num_characters]
-    sizes = [sum(map(len, lines)) for lines in pool]
-    while True:
-        lines = rng.choices(pool, sizes)[0]
-        first = rng.randrange(len(lines))
-        taken, length = [], 0
-        for line in lines[first:]:
-            taken.append(line)
+def stretches(texts: Sequence[str], num_characters: int, rng: random.Random) -> Iterator[list[str]]:
+    """Endless runs of whole lines that follow each other, at least `num_characters` in all, from texts at least twice as long.
+
+    A text is drawn in proportion to its length, and the first line evenly from those that leave enough text behind them.
+
+    Raises:
+        ValueError: no text is long enough.
+    """
+    pool = []
+    for text in texts:
+        lines = text.splitlines(keepends=True)
+        ends, length = [], 0
+        for line in lines:
             length += len(line)
-            if length >= num_characters:
-                break
-        yield "".join(taken)
+            ends.append(length)
+        num_starts = sum(length - end >= num_characters for end in ends)
+        if length >= 2 * num_characters and num_starts:
+            pool.append((lines, num_starts))
+    if not pool:
+        raise ValueError(f"no text has {2 * num_characters} characters")
+    weights = [num_starts for _, num_starts in pool]
+    while True:
+        [(lines, num_starts)] = rng.choices(pool, weights)
+        first = last = rng.randrange(num_starts)
+        length = 0
+        while length < num_characters:
+            length += len(lines[last])
+            last += 1
+        yield lines[first:last]
 
 
-def repeat_text(rng: random.Random, num_words: int, num_sayings: int) -> str:
-    """`num_words` random words, one line, said `num_sayings` times."""
-    line = " ".join(rng.choice(WORDS) for _ in range(num_words))
+def repeat_text(num_words: int, num_sayings: int, rng: random.Random) -> str:
+    """One line of `num_words` random words, said `num_sayings` times."""
+    line = " ".join(rng.choices(WORDS, k=num_words))
     return f" {line}\n" * num_sayings
 
 
-def key_text(rng: random.Random, filler: Sequence[str], num_keys: int, num_sayings: int) -> str:
-    """`num_keys` pass keys, each stated on `num_sayings` lines of its own, at random places between the lines of `filler`."""
-    lines = [needle(word, draw_value(rng)) for word in rng.sample(WORDS, num_keys)] * num_sayings
-    rng.shuffle(lines)
-    places = sorted(rng.randrange(len(filler) + 1) for _ in lines)
-    pieces: list[str] = []
-    start = 0
-    for place, line in zip(places, lines, strict=True):
-        pieces += filler[start:place]
-        pieces.append(line)
-        start = place
-    pieces += filler[start:]
-    return "".join(pieces)
+def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random.Random) -> str:
+    """`num_keys` different words with a pass key each, stated on `num_sayings` lines, at random places between the lines of `filler`."""
+    sayings = [needle(word, draw_value(rng)) for word in rng.sample(WORDS, num_keys)] * num_sayings
+    rng.shuffle(sayings)
+    before: dict[int, list[str]] = {}
+    for saying in sayings:
+        before.setdefault(rng.randint(0, len(filler)), []).append(saying)
+    return "".join("".join(before.get(place, [])) + line for place, line in enumerate([*filler, ""]))
+
+
+def _between(low: float, high: float, rng: random.Random) -> int:
+    """A whole number from low to high, all orders of magnitude alike."""
+    return int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
+
+
+def _repeats(num_texts: int, max_words: int, rng: random.Random) -> Iterator[str]:
+    """Lines of 3 to max_words words, each said as often as about twice max_words words allow, 2 to 12 times."""
+    for _ in range(num_texts):
+        num_words = _between(3, max_words, rng)
+        yield repeat_text(num_words, min(max(2 * max_words // num_words, 2), 12), rng)
+
+
+def _bare_keys(num_texts: int, rng: random.Random) -> Iterator[str]:
+    for _ in range(num_texts):
+        yield key_text([], rng.randint(1, 3), rng.randint(3, 6), rng)
+
+
+def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
+    fillers = [stretches(training_texts(), length, rng) for length in num_characters]
+    for _ in range(num_texts):
+        yield key_text(next(rng.choice(fillers)), rng.randint(1, max_keys), rng.randint(2, 4), rng)
+
+
+def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[str]:
+    source = stretches(training_texts(), num_characters, rng)
+    for _ in range(num_texts):
+        yield "".join(next(source))
+
+
+# The tokenizer of tests/assets/tiny_base has 2.6 characters a token in such texts, and each word of WORDS is one token.
+SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
+    # Curriculum of the tiny base model: windows of 128, then 512 tokens.
+    "repeats": lambda share, rng: _repeats(round(16_000 * share), 40, rng),
+    "keys": lambda share, rng: _bare_keys(round(12_000 * share), rng),
+    "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
+    "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
+    "keys_512": lambda share, rng: _keys(round(8_000 * share), (300, 600, 900, 1200), 8, rng),
+    "text": lambda share, rng: training_texts(),
+    # Extension of its window from 512 to 2048 tokens.
+    "long": lambda share, rng: [text for text in training_texts() if len(text) > 6000],
+    "long_keys": lambda share, rng: _keys(round(300 * share), (4500,), 12, rng),
+    "window": lambda share, rng: _plain(round(1_000 * share), 1500, rng),
+    "short": lambda share, rng: _plain(round(2_000 * share), 700, rng),
+    # Never trained on.
+    "held_out_short": lambda share, rng: [text for text in held_out_texts() if len(text) <= 20_000],
+    "held_out_long": lambda share, rng: [text for text in held_out_texts() if len(text) > 20_000],
+}
+
+
+def write_sets(folder: Path, names: Iterable[str], seed: int, share: float = 1.0) -> dict[Path, int]:
+    """Writes FOLDER/NAME.jsonl, one {"text": ...} a line, for each of `names`.
+
+    Each set has a generator of its own, so its texts do not depend on which others are written. `share` multiplies the
+    number of texts of the drawn sets; the sets of whole modules are always whole.
+
+    Returns:
+        path -> number of texts.
+
+    Raises:
+        UserError: an unknown set, a share that is not positive, or a file that is already there.
+    """
+    names = list(names)
+    paths = {name: folder / f"{name}.jsonl" for name in names}
+    problems = [
+        f"set {name!r} is unknown: choose from {', '.join(SETS)}" for name in names if name not in SETS
+    ]
+    problems += [
+        f"{path} is already there: remove it or choose another folder"
+        for path in paths.values()
+        if path.exists()
+    ]
+    if share <= 0:
+        problems.append(f"share is {share}: it must be above 0")
+    if problems:
+        raise UserError(*problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for name, path in paths.items():
+        texts = list(SETS[name](share, random.Random(f"{seed}/{name}")))
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        written[path] = len(texts)
+    return written

@@ -67,7 +67,7 @@ class HuggingFaceTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"tokenizer {folder}: transformers cannot load it ({error}); "
+                f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
                 "give a folder with the files of a Hugging Face tokenizer"
             ) from error
         if self._tokenizer.eos_token_id is None:

@@ -1,1 +1,2 @@
-"""What a longer window gained and kept: perplexity, retrieval and hidden-state similarity of several models, side by side."""
+"""What a longer window gained and kept: perplexity, retrieval and similarity of several models, side by
+side."""

@@ -1,4 +1,4 @@
-"""Evaluates several models side by side: perplexity, retrieval, similarity; one table, one JSON file, one page."""
+"""Evaluates several models side by side: perplexity, retrieval, similarity; a table, a JSON file, a page."""
 
 import dataclasses
 import os
@@ -35,14 +35,17 @@ from longred_megatron.evaluation.texts import (
     token_stream,
 )
 
+# Enough to fill a GPU; on a CPU, few enough for activations to stay in its caches (a fifth faster than 8192).
+TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
+
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure. Windows and lengths are in tokens; None takes them from the models' configs.
 
-    original_window: default the reference's max_position_embeddings; extended_window: default the largest of the models';
-    lengths: of retrieval prompts, default a quarter of the original window, doubled up to the extended one.
-    short_texts, long_texts: files and folders; none: the Python standard library's sources.
+    original_window: default the reference's max_position_embeddings; extended_window: default the largest of
+    the models'; lengths: of retrieval prompts, default a quarter of the original window, doubled up to the
+    extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
     tokens_per_batch: rows of a window are batched up to this many tokens.
     """
 
@@ -56,7 +59,7 @@ class Settings:
     num_depths: int = 5
     num_samples: int = 10
     num_keys: int = 4
-    tokens_per_batch: int = 8192
+    tokens_per_batch: int | None = None
     seed: int = 2024
     device: str = "auto"
     dtype: str = "auto"
@@ -72,9 +75,9 @@ class Settings:
             "tokens_per_batch": 1,
         }
         found = [
-            f"--{key.removeprefix('num_').replace('_', '-')} {getattr(self, key)}: must be at least {least}"
+            f"--{key.removeprefix('num_').replace('_', '-')} {value}: must be at least {least}"
             for key, least in at_least.items()
-            if getattr(self, key) < least
+            if (value := getattr(self, key)) is not None and value < least
         ]
         for key, flag in (("original_window", "--original-window"), ("extended_window", "--window")):
             value = getattr(self, key)
@@ -106,10 +109,10 @@ def evaluate(
 ) -> Report:
     """Measures Hugging Face folders and writes `output`/results.json and `output`/report.html.
 
-    reference: the model the others started from, default the first of `models`; one that is not among them is measured first.
-    names: one for each of `models`, default the shortest ends of their paths that differ. command: shown at the end of the page.
-    Raises `UserError` for missing folders, texts too short, settings out of range, or an `output` that holds other files; all of
-    these are found before any weight is loaded.
+    reference: the model the others started from, default the first of `models`; one that is not among them is
+    measured first. names: one for each of `models`, default the shortest ends of their paths that differ.
+    command: shown at the end of the page. Raises `UserError` for missing folders, texts too short, settings
+    out of range, or an `output` that holds other files; all of these are found before any weight is loaded.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -120,6 +123,7 @@ def evaluate(
     report.check_output(output)
     original, extended = _windows(facts, facts[reference_index], settings)
     device = resolve_device(settings.device)
+    tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
     short_source, long_source = text_source(settings.short_texts), text_source(settings.long_texts)
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
@@ -138,20 +142,23 @@ def evaluate(
     results = []
     for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
         model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
-        results.append(measure_model(model, base, corpora[encoder.fingerprint], settings.tokens_per_batch))
+        results.append(measure_model(model, base, corpora[encoder.fingerprint], tokens_per_batch))
         del model  # so that no more than the reference and one other are in memory
 
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
     if len(corpora) > 1:
-        notes.append(
-            "the tokenizers differ: losses are per token, so perplexities of different tokenizers cannot be compared"
-        )
+        notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
     finished = Report(
         models=tuple(results),
         original_window=original,
         extended_window=extended,
         settings=_plain(settings)
-        | {"lengths": list(lengths), "device": str(device), "dtype": str(dtype).removeprefix("torch.")},
+        | {
+            "lengths": list(lengths),
+            "tokens_per_batch": tokens_per_batch,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
         versions=_versions(device),
         notes=tuple(notes),
         command=command,
@@ -185,7 +192,7 @@ def build_corpus(
         left_out = sorted(set(lengths) - {prompt.length for prompt in of_task})
         if left_out:
             notes.append(
-                f"{task}: left out at {_list(left_out)} tokens, too short for {num_keys} keys and the question"
+                f"{task}: left out at {_list(left_out)} tokens, no room for {num_keys} keys and the question"
             )
         prompts[task] = (num_keys, of_task)
     for kind, windows in (("short", short), ("long", long)):
@@ -272,15 +279,16 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
     problems = []
     if extended < original:
         problems.append(
-            f"--window {extended}: is below the original window {original}; raise it, or set --original-window"
+            f"--window {extended}: is below the original window {original}; raise it or set --original-window"
         )
     longest = max([extended, *settings.lengths])
     for fact in facts:
         # Rotary models compute any position; a table of learned positions ends.
         if fact.rope is None and longest > fact.max_position_embeddings:
             problems.append(
-                f"{fact.path}: has no rotary positions and max_position_embeddings {fact.max_position_embeddings}, it cannot run at "
-                f"{longest} tokens; set --window and --lengths within it or leave the model out"
+                f"{fact.path}: has no rotary positions and max_position_embeddings "
+                f"{fact.max_position_embeddings}, it cannot run at {longest} tokens; "
+                "set --window and --lengths within it or leave the model out"
             )
     if problems:
         raise UserError(*problems)

@@ -1,4 +1,4 @@
-"""A causal language model loaded for evaluation, and its logits without [tokens, vocabulary] for a whole window."""
+"""A causal language model loaded for evaluation, and its logits a few positions at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
 
-# Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large as Llama 3's.
+# Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
+# as Llama 3's.
 CHUNK_TOKENS = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,8 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class CausalModel:
-    """A model ready to be measured. `head_is_plain`: its logits are exactly output_embeddings(last hidden state)."""
+    """A model ready to be measured. `head_is_plain`: its logits are exactly output_embeddings(last hidden
+    state)."""
 
     name: str
     facts: ModelFacts
@@ -47,9 +49,10 @@ class CausalModel:
     def logit_chunks(self, tokens: Tensor, last: int, chunk_tokens: int = CHUNK_TOKENS) -> Iterator[Tensor]:
         """Logits at the last `last` positions of every row, in fp32, a few positions at a time.
 
-        tokens: [n, s] on the model's device. Yields [chunk, vocabulary] over the n * last positions, row by row. Only hidden states are kept
-        for the whole window; a model that does more than a linear map to its last hidden states (scaled or capped logits) makes its own
-        logits, in its own precision, and only their conversion to fp32 is chunked.
+        tokens: [n, s] on the model's device. Yields [chunk, vocabulary] over the n * last positions, row by
+        row. Only hidden states are kept for the whole window; a model that does more than a linear map to its
+        last hidden states (scaled or capped logits) makes its own logits, in its own precision, and only
+        their conversion to fp32 is chunked.
         """
         if self.head_is_plain:
             network: Any = self.network
@@ -63,7 +66,8 @@ class CausalModel:
 
 
 def read_facts(path: Path) -> ModelFacts:
-    """Reads the config of a Hugging Face folder. Raises `UserError` when it is no folder or not a causal language model's."""
+    """Reads the config of a Hugging Face folder. Raises `UserError` when it is no folder or not a causal
+    language model's."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; --hf takes folders that hold a Hugging Face model")
     if not (path / "config.json").is_file():
@@ -78,7 +82,7 @@ def read_facts(path: Path) -> ModelFacts:
     window = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(window, int):
         raise UserError(
-            f"{path}/config.json: max_position_embeddings is missing; state the model's window in tokens there"
+            f"{path}/config.json: max_position_embeddings is missing; state the model's window there"
         )
     return ModelFacts(
         path=path,
@@ -113,7 +117,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(
     facts: ModelFacts, name: str, encoder: TextEncoder, device: torch.device, dtype: torch.dtype
 ) -> CausalModel:
-    """Loads the weights of a folder. Only safetensors are read, and no code of the folder is run. Raises `UserError`."""
+    """Loads the weights of a folder. Only safetensors are read, and no code of the folder is run. Raises
+    `UserError`."""
     try:
         network = AutoModelForCausalLM.from_pretrained(
             facts.path, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -128,8 +133,9 @@ def load_model(
 def head_is_plain(network: nn.Module, device: torch.device) -> bool:
     """Whether the output embeddings on the last hidden states give the model's own logits.
 
-    Measured on eight tokens instead of read from the config, so it holds for any architecture: true for Llama, Mistral and Qwen, false for
-    models that scale or cap their logits (Cohere, Granite, Gemma 2) or that hide their layers from transformers' `base_model`.
+    Measured on eight tokens instead of read from the config, so it holds for any architecture: true for
+    Llama, Mistral and Qwen, false for models that scale or cap their logits (Cohere, Granite, Gemma 2) or
+    that hide their layers from transformers' `base_model`.
     """
     base = getattr(network, "base_model", network)
     if base is network:

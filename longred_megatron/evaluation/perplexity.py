@@ -27,9 +27,9 @@ class PositionBucket:
 class LossByPosition:
     """Mean next-token loss over windows of one length.
 
-    loss = (1 / (windows * (window - 1))) * sum over windows and positions p >= 1 of -log P(token p | tokens before p), in nats;
-    perplexity = exp(loss); loss_standard_error: of the mean over windows, None for a single one; num_joined_windows: cut from several
-    short documents in a row.
+    loss = (1 / (windows * (window - 1))) * sum over windows and positions p >= 1 of -log P(token p | tokens
+    before p), in nats; perplexity = exp(loss); loss_standard_error: of the mean over windows, None for a
+    single one; num_joined_windows: cut from several short documents in a row.
     """
 
     window: int
@@ -43,7 +43,8 @@ class LossByPosition:
 
 @torch.inference_mode()
 def token_losses(model: CausalModel, tokens: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
-    """Loss of every token but the first: [n, s] tokens to [n, s - 1] fp32, on the CPU. Logits exist for `chunk_tokens` positions at a time."""
+    """Loss of every token but the first: [n, s] tokens to [n, s - 1] fp32, on the CPU. Logits exist for
+    `chunk_tokens` positions at a time."""
     tokens = tokens.to(model.device)
     inputs, labels = tokens[:, :-1], tokens[:, 1:].flatten()
     losses = []
@@ -56,7 +57,8 @@ def token_losses(model: CausalModel, tokens: Tensor, chunk_tokens: int = CHUNK_T
 def loss_by_position(
     model: CausalModel, windows: Windows, tokens_per_batch: int, label: str
 ) -> LossByPosition:
-    """Measures `windows`, as many rows at a time as fit in `tokens_per_batch` (at least one). `label` names the progress bar."""
+    """Measures `windows`, as many rows at a time as fit in `tokens_per_batch` (at least one). `label` names
+    the progress bar."""
     num_windows, window = windows.tokens.shape
     batches = windows.tokens.split(max(1, tokens_per_batch // window))
     progress = tqdm(batches, desc=f"{model.name}: {label}", unit="batch", disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""The figures of the page: matplotlib, as SVG to put inside HTML, in colours that follow the page's light or dark theme."""
+"""The figures of the page: matplotlib SVG to put inside HTML, in the page's light or dark colours."""
 
 import io
 import re
@@ -15,7 +15,8 @@ from longred_megatron.evaluation.perplexity import LossByPosition
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.retrieval import Retrieval
 
-# Stand-ins that `svg_of` turns into CSS variables: matplotlib has to be given some colour, and the page decides which.
+# Stand-ins that `svg_of` turns into CSS variables: matplotlib has to be given some colour, and the page
+# decides which.
 INK, FAINT = "#010101", "#020202"
 MODEL_COLOURS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007", "#0a0008")
 REFERENCE_COLOUR = "#0a0000"
@@ -51,7 +52,8 @@ STYLE = {
 
 
 def model_styles(report: Report) -> dict[str, tuple[str, str]]:
-    """(colour, CSS variable) by model name: the reference neutral, the others in a fixed order, repeating after the eighth."""
+    """(colour, CSS variable) by model name: the reference neutral, the others in a fixed order, repeating
+    after the eighth."""
     styles, index = {}, 0
     for model in report.models:
         colour = REFERENCE_COLOUR
@@ -115,7 +117,8 @@ def length_figure(report: Report) -> str:
 
 
 def heat_figure(model: ModelReport, number: int) -> str:
-    """Retrieval of one model by length and depth, one panel a task. `number` keeps the ids of several figures apart."""
+    """Retrieval of one model by length and depth, one panel a task. `number` keeps the ids of several figures
+    apart."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(10.4, 2.9), layout="constrained")
         for index, axes in enumerate(figure.subplots(1, len(model.retrieval), squeeze=False)[0]):
@@ -201,7 +204,8 @@ def _mark_original_window(axes: Axes, report: Report) -> None:
 
 
 def svg_of(figure: Figure, prefix: str) -> str:
-    """The figure as an <svg> element for an HTML page: own ids, colours as CSS variables, no address of anything outside."""
+    """The figure as an <svg> element for an HTML page: own ids, colours as CSS variables, no address of
+    anything outside."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
         figure.savefig(

@@ -18,7 +18,8 @@ RESULTS, PAGE = "results.json", "report.html"
 
 @dataclass(frozen=True)
 class ModelReport:
-    """All measurements of one model. similarity is None for the reference, and where it cannot be computed (`notes` says why)."""
+    """All measurements of one model. similarity is None for the reference, and where it cannot be computed
+    (`notes` says why)."""
 
     name: str
     path: str
@@ -36,7 +37,8 @@ class ModelReport:
 
 @dataclass(frozen=True)
 class Report:
-    """models: in the order given, the reference among them. settings: everything that decides the numbers. Windows are in tokens."""
+    """models: in the order given, the reference among them. settings: everything that decides the numbers.
+    Windows are in tokens."""
 
     models: tuple[ModelReport, ...]
     original_window: int
@@ -84,7 +86,7 @@ def summary(report: Report) -> list[Column]:
         ),
         Column(
             "change",
-            "Change of the short-text perplexity against the reference; near zero means short texts are kept.",
+            "Change of the short-text perplexity against the reference; near zero: short texts are kept.",
             _each(
                 report,
                 lambda m: "reference" if m.is_reference else percent_change(m.short.perplexity, reference),
@@ -111,7 +113,7 @@ def summary(report: Report) -> list[Column]:
     columns.append(
         Column(
             "similarity",
-            "Mean cosine similarity of hidden states to the reference on short texts, over all layers; 1 means unchanged.",
+            "Mean cosine similarity of hidden states to the reference's on short texts; 1: unchanged.",
             _each(report, lambda m: "-" if m.similarity is None else f"{m.similarity.mean:.3f}"),
         )
     )
@@ -143,7 +145,8 @@ def all_notes(report: Report) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A perplexity: two digits after the point below 1,000, none from there to a million, powers of ten above."""
+    """A perplexity: two digits after the point below 1,000, none from there to a million, powers of ten
+    above."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.2f}" if value < 1e3 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
@@ -173,7 +176,8 @@ def _finite(value: Any) -> Any:
 
 
 def check_output(output: Path) -> None:
-    """Raises `UserError` unless `output` can take a report without losing anything: new, empty, or the place of an earlier report."""
+    """Raises `UserError` unless `output` can take a report without losing anything: new, empty, or the place
+    of an earlier report."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a folder")
     if not output.exists() or not any(output.iterdir()):
@@ -184,6 +188,4 @@ def check_output(output: Path) -> None:
     except ValueError:
         held = None
     if not (isinstance(held, dict) and held.get("kind") == KIND):
-        raise UserError(
-            f"--output {output}: is not empty and holds no earlier report; give a new folder, nothing is overwritten"
-        )
+        raise UserError(f"--output {output}: is not empty and holds no earlier report; give a new folder")

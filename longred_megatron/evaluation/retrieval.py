@@ -1,4 +1,4 @@
-"""Pass-key retrieval by length and depth: one key (`passkey`) or several keys of which one is asked for (`multi-key`)."""
+"""Pass-key retrieval by length and depth: one key (`passkey`), or several and one asked for (`multi-key`)."""
 
 import random
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ FILLER_WINDOWS = 8
 class Prompt:
     """One sequence: filler with keys in it, the question, and the right answer at its end.
 
-    tokens: all of it, exactly `length` tokens; num_answer_tokens: how many at the end are the answer; needle_start: where the key that is
-    asked for begins; value: the answer as text.
+    tokens: all of it, exactly `length` tokens; num_answer_tokens: how many at the end are the answer;
+    needle_start: where the key that is asked for begins; value: the answer as text.
     """
 
     tokens: tuple[int, ...]
@@ -35,7 +35,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Cell:
-    """accuracy: the share of `num_samples` prompts of `length` tokens, key at `depth` (0 = start, 1 = end), answered in full."""
+    """accuracy: the share of `num_samples` prompts of `length` tokens, key at `depth` (0 = start, 1 = end),
+    answered in full."""
 
     length: int
     depth: float
@@ -65,7 +66,8 @@ def even_depths(num_depths: int) -> tuple[float, ...]:
 
 
 def doubling_lengths(original_window: int, extended_window: int) -> tuple[int, ...]:
-    """A quarter of the original window, doubled up to the extended one, which is always the last: 512 and 2048 give 128 ... 2048."""
+    """A quarter of the original window, doubled up to the extended one, which is always the last: 512 and
+    2048 give 128 ... 2048."""
     lengths = []
     length = max(original_window // 4, 1)
     while length < extended_window:
@@ -77,16 +79,19 @@ def doubling_lengths(original_window: int, extended_window: int) -> tuple[int, .
 def build_prompt(
     encoder: TextEncoder, filler: Sequence[int], length: int, depth: float, num_keys: int, rng: random.Random
 ) -> Prompt | None:
-    """One prompt of exactly `length` tokens, answer included, or None when keys and question leave no room for filler.
+    """One prompt of exactly `length` tokens, answer included, or None when keys and question leave no room
+    for filler.
 
-    The filler is a random stretch of the token stream `filler`. The key asked for stands after round(depth * filler tokens) of it, the other
-    keys at random places. The value asked for is in the prompt once: one that the filler or another key holds is drawn again.
+    The filler is a random stretch of the token stream `filler`. The key asked for stands after round(depth *
+    filler tokens) of it, the other keys at random places. The value asked for is in the prompt once: one that
+    the filler or another key holds is drawn again.
     """
     words = rng.sample(retrieval_text.WORDS, num_keys)
     values = [retrieval_text.draw_value(rng) for _ in words]
     while len(set(values)) < num_keys:
         values = [retrieval_text.draw_value(rng) for _ in words]
-    # Keys and question open a line of their own wherever the filler is cut, so each brings the newline before it.
+    # Keys and question open a line of their own wherever the filler is cut, so each brings the newline before
+    # it.
     keys = [
         encoder.encode("\n" + retrieval_text.needle(word, value))
         for word, value in zip(words, values, strict=True)
@@ -97,7 +102,8 @@ def build_prompt(
         return None
     if num_filler > len(filler):
         raise UserError(
-            f"texts too short: a prompt of {length} tokens needs {num_filler} tokens of filler, the texts give {len(filler)}; "
+            f"texts too short: a prompt of {length} tokens needs {num_filler} tokens of filler, "
+            f"the texts give {len(filler)}; "
             "give more text (--text, --long-text) or smaller --lengths"
         )
     start = rng.randrange(len(filler) - num_filler + 1)
@@ -119,9 +125,11 @@ def build_prompt(
 
 
 def _question_and_answer(encoder: TextEncoder, word: str, value: str) -> tuple[list[int], list[int]]:
-    """Tokens of the question and of its answer, tokenised together and parted where the question alone begins to differ.
+    """Tokens of the question and of its answer, tokenised together and parted where the question alone begins
+    to differ.
 
-    So a tokenizer that joins the end of the question with the answer's start is asked to complete its own tokens.
+    So a tokenizer that joins the end of the question with the answer's start is asked to complete its own
+    tokens.
     """
     asked = "\n" + retrieval_text.query(word)
     alone, together = encoder.encode(asked), encoder.encode(asked + retrieval_text.answer(value))
@@ -140,7 +148,8 @@ def build_prompts(
     num_samples: int,
     seed: int,
 ) -> list[Prompt]:
-    """`num_samples` prompts for every length and depth, a pure function of the arguments. Lengths too short for the keys are left out."""
+    """`num_samples` prompts for every length and depth, a pure function of the arguments. Lengths too short
+    for the keys are left out."""
     prompts = []
     for length in lengths:
         drawn = [
@@ -158,6 +167,11 @@ def build_prompts(
         of_length = [prompt for prompt in drawn if prompt is not None]
         if len(of_length) == len(drawn):
             prompts += of_length
+    if not prompts:
+        raise UserError(
+            f"--lengths {' '.join(map(str, lengths))}: none has room for {num_keys} keys and the question; "
+            "give longer ones or fewer --keys"
+        )
     return prompts
 
 
@@ -165,9 +179,10 @@ def build_prompts(
 def answered(model: CausalModel, prompts: Sequence[Prompt]) -> list[bool]:
     """Whether greedy decoding from each prompt (all of one length) gives its answer in full.
 
-    Computed in one forward pass with the answer fed in. This is exact: greedy decoding gives the answer if and only if each answer token is
-    the argmax after the prompt and the answer tokens before it, and those are the inputs here. At the first miss the two part, but
-    then the answer is wrong either way. Logits are computed for the answers' positions alone.
+    Computed in one forward pass with the answer fed in. This is exact: greedy decoding gives the answer if
+    and only if each answer token is the argmax after the prompt and the answer tokens before it, and those
+    are the inputs here. At the first miss the two part, but then the answer is wrong either way. Logits are
+    computed for the answers' positions alone.
     """
     tokens = torch.tensor([prompt.tokens for prompt in prompts], device=model.device)
     last = max(prompt.num_answer_tokens for prompt in prompts)
@@ -183,11 +198,8 @@ def _all_true(row: Tensor) -> bool:
 def measure_retrieval(
     model: CausalModel, task: str, num_keys: int, prompts: Sequence[Prompt], tokens_per_batch: int
 ) -> Retrieval:
-    """Scores every prompt, batched by length, and gathers them in cells. Raises `UserError` when there is no prompt."""
-    if not prompts:
-        raise UserError(
-            f"{task}: no length has room for {num_keys} keys and the question; give longer --lengths or fewer --keys"
-        )
+    """Scores every prompt, batched by length, and gathers them in cells. Raises `UserError` when there is no
+    prompt."""
     lengths = tuple(sorted({prompt.length for prompt in prompts}))
     depths = tuple(sorted({prompt.depth for prompt in prompts}))
     scores: dict[tuple[int, float], list[bool]] = {

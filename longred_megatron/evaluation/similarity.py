@@ -12,8 +12,9 @@ from longred_megatron.evaluation.models import CausalModel
 
 @dataclass(frozen=True)
 class LayerSimilarity:
-    """by_layer[k]: mean over all tokens of cos(h_k of the model, h_k of the reference); 0 is the embedding, the last is after the final
-    norm, as in Hugging Face's `hidden_states`. mean: over layers 1 and up, the embedding left out."""
+    """by_layer[k]: mean over all tokens of cos(h_k of the model, h_k of the reference); 0 is the embedding,
+    the last is after the final norm, as in Hugging Face's `hidden_states`. mean: over layers 1 and up, the
+    embedding left out."""
 
     window: int
     num_windows: int
@@ -38,7 +39,8 @@ def why_not_comparable(model: CausalModel, reference: CausalModel) -> str | None
 def hidden_state_similarity(
     model: CausalModel, reference: CausalModel, tokens: Tensor, tokens_per_batch: int
 ) -> LayerSimilarity:
-    """Mean cosine similarity by layer on tokens [windows, window]. Hidden states of one batch exist at a time, cosines are fp32."""
+    """Mean cosine similarity by layer on tokens [windows, window]. Hidden states of one batch exist at a
+    time, cosines are fp32."""
     num_windows, window = tokens.shape
     batches = tokens.split(max(1, tokens_per_batch // window))
     sums = torch.zeros(model.facts.num_layers + 1, dtype=torch.float64)

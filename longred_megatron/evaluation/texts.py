@@ -17,7 +17,8 @@ from longred_megatron.errors import UserError
 EXTENSIONS = (".txt", ".jsonl")
 # A document gives at most this many windows, so that one book does not fill the whole sample.
 MAX_WINDOWS_PER_DOCUMENT = 4
-# Where whole documents are too short, this many tokens for each one needed are read before documents are joined instead.
+# Where whole documents are too short, this many tokens for each one needed are read before documents are
+# joined instead.
 TOKENS_READ_PER_TOKEN_NEEDED = 8
 # Upper end of characters per token, to cut a huge file before it is tokenised.
 MAX_CHARACTERS_PER_TOKEN = 16
@@ -31,7 +32,8 @@ class TextSource:
     description: str
 
     def documents(self, seed: int) -> Iterator[str]:
-        """Every text in a seeded order of the files, lines of a .jsonl file in their own order. Raises `UserError` for a bad line."""
+        """Every text in a seeded order of the files, lines of a .jsonl file in their own order. Raises
+        `UserError` for a bad line."""
         files = list(self.files)
         random.Random(seed).shuffle(files)
         for file in files:
@@ -42,8 +44,9 @@ class TextSource:
 class TextEncoder:
     """A tokenizer without its special tokens, and the ones to place by hand.
 
-    start: what the tokenizer puts in front of every text by itself (a BOS token, or nothing); separator: its end-of-text token, or nothing;
-    fingerprint: equal for two tokenizers that map the same vocabulary to the same numbers.
+    start: what the tokenizer puts in front of every text by itself (a BOS token, or nothing); separator: its
+    end-of-text token, or nothing; fingerprint: equal for two tokenizers that map the same vocabulary to the
+    same numbers.
     """
 
     encode: Callable[[str], list[int]]
@@ -55,14 +58,16 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Windows:
-    """tokens: [windows, window], each from one document, but for the last `num_joined` ones: cut from short documents in a row."""
+    """tokens: [windows, window], each from one document, but for the last `num_joined` ones: cut from short
+    documents in a row."""
 
     tokens: Tensor
     num_joined: int = field(default=0)
 
 
 def text_source(paths: Sequence[Path]) -> TextSource:
-    """The .txt and .jsonl files that `paths` name, folders searched to the bottom. No paths: the Python standard library's sources.
+    """The .txt and .jsonl files that `paths` name, folders searched to the bottom. No paths: the Python
+    standard library's sources.
 
     Raises `UserError` when a path is missing, is another kind of file, or holds no text.
     """
@@ -141,10 +146,12 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 def cut_windows(
     source: TextSource, encoder: TextEncoder, window: int, num_windows: int, seed: int
 ) -> Windows:
-    """Up to `num_windows` rows of exactly `window` tokens, each opened by the tokenizer's own start token where it has one.
+    """Up to `num_windows` rows of exactly `window` tokens, each opened by the tokenizer's own start token
+    where it has one.
 
-    Windows are taken from documents at least that long, the first of every document before a second of any. Where these do not suffice,
-    shorter documents are joined, with the end-of-text token between them. Raises `UserError` when not one window can be filled.
+    Windows are taken from documents at least that long, the first of every document before a second of any.
+    Where these do not suffice, shorter documents are joined, with the end-of-text token between them. Raises
+    `UserError` when not one window can be filled.
     """
     body = window - len(encoder.start)
     first: list[list[int]] = []
@@ -173,7 +180,8 @@ def cut_windows(
 
 
 def token_stream(source: TextSource, encoder: TextEncoder, num_tokens: int, seed: int) -> list[int]:
-    """The first `num_tokens` or fewer tokens of all documents in a row, the end-of-text token between them."""
+    """The first `num_tokens` or fewer tokens of all documents in a row, the end-of-text token between
+    them."""
     tokens: list[int] = []
     for text in source.documents(seed):
         tokens += [*encoder.encode(text[: num_tokens * MAX_CHARACTERS_PER_TOKEN]), *encoder.separator]

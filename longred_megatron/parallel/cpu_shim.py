@@ -83,6 +83,9 @@ def install() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    # `with torch.device(...)`, which transformers loads models under, knows the factories by identity from a list made
+    # at its first use: made before they are replaced, or it would miss every one of them.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -1,7 +1,6 @@
 """A small valid recipe to break, and the architecture it is for."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,6 @@ LLAMA3_8B = Architecture(
     qk_norm=False,
     rope={"rope_type": "default", "rope_theta": 5e5},
     max_position_embeddings=8192,
-)
-MISTRAL_7B = replace(
-    LLAMA3_8B,
-    family="mistral",
-    vocab_size=32768,
-    rope={"rope_type": "default", "rope_theta": 1e6},
-    max_position_embeddings=32768,
 )
 
 

@@ -115,7 +115,9 @@ def test_paths_are_relative_to_the_file_that_names_them(
     write: Write, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write({**values, "debug": {"dump_microbatches": "../d"}}, "bases/a.yaml")
-    child = write({"base": "../bases/a.yaml", "run": {"dir": "r"}, "data": {"long": {"x": 1}}}, "child/b.yaml")
+    child = write(
+        {"base": "../bases/a.yaml", "run": {"dir": "r"}, "data": {"long": {"x": 1}}}, "child/b.yaml"
+    )
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -160,7 +162,7 @@ def test_overrides(write: Write, values: dict[str, Any]) -> None:
     assert recipe.precision.params == "fp32"
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(lr=st.floats(min_value=1e-300, max_value=1e300), steps=st.integers(min_value=1))
 @example(lr=1e-5, steps=1)
 @example(lr=1e22, steps=10**30)
@@ -174,12 +176,18 @@ def test_any_number_python_prints_can_be_an_override(
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["training.steps"], "override 'training.steps': must look like training.steps=100 (section.key=value)"),
+        (
+            ["training.steps"],
+            "override 'training.steps': must look like training.steps=100 (section.key=value)",
+        ),
         (["--training.steps=3"], "override '--training.steps=3': must look like training.steps=100"),
         (["training..steps=3"], "override 'training..steps=3': must look like"),
         (["training.steps=3", "training.steps=4"], "override `training.steps` is given twice; keep one"),
         (["base=x.yaml"], "override `base`: a base cannot be given on the command line"),
-        (["data.long.x=1"], "override `data.long.x`: a blend is set as a whole: data.long={PREFIX: WEIGHT, ...}"),
+        (
+            ["data.long.x=1"],
+            "override `data.long.x`: a blend is set as a whole: data.long={PREFIX: WEIGHT, ...}",
+        ),
         (["training.steps=[1"], "override 'training.steps=[1': not valid YAML: line 1"),
         (["training={steps: 1, steps: 2}"], "key `steps` was already given in line 1"),
         (["trainig.steps=3"], "unknown key `trainig`; did you mean `training`?"),
@@ -282,7 +290,9 @@ def test_no_objective(write: Write, values: dict[str, Any]) -> None:
 
 def test_null_section_that_has_a_default(write: Write, values: dict[str, Any]) -> None:
     (problem,) = problems_of(write({**values, "parallel": None}))
-    assert problem.startswith("`parallel` is null, which is not allowed here: give it a value or leave the key out")
+    assert problem.startswith(
+        "`parallel` is null, which is not allowed here: give it a value or leave the key out"
+    )
 
 
 # Round trip
@@ -314,7 +324,8 @@ rope = st.one_of(
     st.fixed_dictionaries({"method": st.just("abf"), "theta": positive}),
     st.fixed_dictionaries({"method": st.just("pi")}, optional={"factor": st.floats(1.5, 1e300)}),
     st.fixed_dictionaries(
-        {"method": st.just("yarn")}, optional={"beta_fast": positive, "attention_factor": st.none() | positive}
+        {"method": st.just("yarn")},
+        optional={"beta_fast": positive, "attention_factor": st.none() | positive},
     ),
 )
 path_text = names.map(lambda name: f"/{name}")
@@ -324,7 +335,9 @@ recipes = st.fixed_dictionaries(
         "step": st.fixed_dictionaries({"tokens_per_microbatch": count}),
         "objectives": objectives,
         "data": st.dictionaries(
-            names, st.dictionaries(path_text.map(os.path.abspath), positive, min_size=1, max_size=3), max_size=3
+            names,
+            st.dictionaries(path_text.map(os.path.abspath), positive, min_size=1, max_size=3),
+            max_size=3,
         ),
         "optimizer": st.fixed_dictionaries(
             {"lr": positive}, optional={"betas": st.lists(st.floats(0, 0.99), min_size=2, max_size=2)}
@@ -348,7 +361,7 @@ def _normalised(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(content=recipes)
 def test_dumped_recipe_loads_as_an_equal_one(tmp_path: Path, content: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(_normalised(content))

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from longred_megatron.config import Architecture, Recipe, check_recipe, load_recipe, startup_summary
+from longred_megatron.config import (
+    Architecture,
+    LongText,
+    Recipe,
+    ShortRestoration,
+    ShortToLong,
+    check_recipe,
+    load_recipe,
+    startup_summary,
+)
 from longred_megatron.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -79,10 +88,12 @@ def test_blends_of_mistral_are_those_of_llama() -> None:
     llama = load_recipe(RECIPES / "llama3_8b_128k_longred_c.yaml").data
     mistral = load_recipe(RECIPES / "mistral_7b_128k_longred_c.yaml").data
     for name, blend in llama.items():
-        assert {prefix.replace("/llama3/", "/mistral/"): weight for prefix, weight in blend.items()} == mistral[name]
+        assert {
+            prefix.replace("/llama3/", "/mistral/"): weight for prefix, weight in blend.items()
+        } == mistral[name]
 
 
-def _objectives(recipe: Recipe):  # type: ignore[no-untyped-def]
+def _objectives(recipe: Recipe) -> tuple[LongText, ShortToLong, ShortRestoration]:
     objectives = recipe.objectives
     assert objectives.long_text and objectives.short_to_long and objectives.short_restoration
     return objectives.long_text, objectives.short_to_long, objectives.short_restoration

@@ -24,13 +24,13 @@ def corpus() -> list[str]:
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory, corpus: list[str]) -> Path:
-    """300 pieces; white space is kept as it is (no normalisation, no added space)."""
+    """400 pieces; white space is kept as it is (no normalisation, no added space)."""
     folder = tmp_path_factory.mktemp("sentencepiece")
     lines = [line for text in corpus for line in text.splitlines() if line]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "small"), vocab_size=300, model_type="bpe",
+        sentence_iterator=iter(lines), model_prefix=str(folder / "small"), vocab_size=400, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=False, character_coverage=0.9, hard_vocab_limit=False, minloglevel=2,
+        add_dummy_prefix=False, character_coverage=0.98, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip
     return folder / "small.model"
 

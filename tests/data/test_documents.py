@@ -35,7 +35,7 @@ def test_all_bad_inputs_come_together(tmp_path):
 
 def test_folders_of_other_files_hold_nothing(tmp_path):
     (tmp_path / "notes.md").write_text("text")
-    with pytest.raises(UserError, match="no .txt, .jsonl, .parquet file found"):
+    with pytest.raises(UserError, match=r"no \.txt, \.jsonl, \.parquet file found"):
         find_files([tmp_path])
 
 

@@ -125,7 +125,7 @@ def test_a_set_is_replaced_only_on_demand(tmp_path, jsonl, sentencepiece_model):
     prepare([jsonl], sentencepiece_model, prefix)
     before = digests_of(prefix)
     (tmp_path / "other.txt").write_text("other text")
-    with pytest.raises(UserError, match=r"set\.bin.*set\.json.*set\.idx exists.*--overwrite"):
+    with pytest.raises(UserError, match=r"set\.bin.*set\.json.*set\.idx: already there.*--overwrite"):
         prepare([tmp_path / "other.txt"], sentencepiece_model, prefix)
     assert digests_of(prefix) == before
     assert prepare([tmp_path / "other.txt"], sentencepiece_model, prefix, overwrite=True).documents_kept == 1

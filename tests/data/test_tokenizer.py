@@ -32,7 +32,7 @@ def test_vocabulary_counts_added_tokens(hf_tokenizer, sentencepiece_model):
     tokenizer = load_tokenizer(hf_tokenizer)
     assert tokenizer.end_of_document == 300
     assert tokenizer.vocab_size == 301
-    assert load_tokenizer(sentencepiece_model).vocab_size == 300
+    assert load_tokenizer(sentencepiece_model).vocab_size == 400
 
 
 def test_special_tokens_may_be_added_in_front(hf_tokenizer, tmp_path):

@@ -152,7 +152,7 @@ def run_rank(rank: int, num_ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=num_ranks)
     results = {}
-    # 13 entries on two ranks: 7 rows each, one of padding; 8, three of padding; 16, the second rank all padding.
+    # 13 entries on two ranks, with 1 row of padding, with 3, and with a second rank of nothing but padding.
     for local_rows in (7, 8, 16):
         hidden, weight, labels = inputs(torch.float32, rows=local_rows * num_ranks)
         shard = weight[rank * local_rows : (rank + 1) * local_rows].clone().requires_grad_()

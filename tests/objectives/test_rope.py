@@ -34,7 +34,14 @@ ROPES = {
     "yarn, mscale": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
     "yarn, betas": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "factor": 5.5},
     "yarn, equal betas": {**YARN, "beta_fast": 8, "beta_slow": 8, "truncate": False},
-    "yarn, factor 1": {**YARN, "factor": 1.0},
+    "yarn, factor below 1": {**YARN, "factor": 0.5},
+    "yarn, ramp past the last pair": {
+        **YARN,
+        "rope_theta": 100.0,
+        "original_max_position_embeddings": 1000000,
+        "beta_fast": 1.0e5,
+    },
+    "yarn, ramp of no width": {**YARN, "rope_theta": 100.0, "original_max_position_embeddings": 6},
     "yarn, tiny window": {**YARN, "original_max_position_embeddings": 64, "rope_theta": 100.0},
 }
 

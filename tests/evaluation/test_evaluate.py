@@ -1,0 +1,270 @@
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation import page
+from longred_megatron.evaluation.evaluate import Settings, default_names, evaluate
+from longred_megatron.evaluation.report import KIND, Report, format_table
+
+SMALL = {"num_short_windows": 4, "num_long_windows": 2, "num_depths": 3, "num_samples": 2, "num_keys": 3}
+
+
+def settings_for(text_file: Path, **changes) -> Settings:
+    return Settings(
+        **({"short_texts": (text_file,), "long_texts": (text_file,), "device": "cpu"} | SMALL | changes)
+    )
+
+
+@pytest.fixture(scope="session")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation") / "new" / "report"
+
+
+@pytest.fixture(scope="session")
+def report(folders: dict[str, Path], text_file: Path, output: Path) -> Report:
+    models = [folders["base"], folders["longer"], folders["wider"]]
+    names = ["the original", "the <longer>", "wide"]
+    return evaluate(
+        models,
+        output,
+        settings=settings_for(text_file),
+        names=names,
+        command="python tools/evaluate.py --hf ...",
+    )
+
+
+@pytest.fixture(scope="session")
+def tool() -> ModuleType:
+    path = Path(__file__).parents[2] / "tools" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_tool", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_json_holds_every_cell_and_setting(report: Report, output: Path) -> None:
+    held = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert held["kind"] == KIND
+    assert (held["original_window"], held["extended_window"]) == (128, 256)
+    assert held["settings"]["num_samples"] == 2 and held["settings"]["dtype"] == "float32"
+    assert {"torch", "transformers", "python", "longred_megatron", "device"} <= set(held["versions"])
+    assert [model["name"] for model in held["models"]] == ["the original", "the <longer>", "wide"]
+    for model in held["models"]:
+        assert (model["short"]["window"], model["short"]["num_windows"]) == (128, 4)
+        assert (model["long"]["window"], model["long"]["num_windows"]) == (256, 2)
+        for task, num_keys, lengths in (("passkey", 1, {128, 256}), ("multi-key", 3, {256})):
+            result = next(result for result in model["retrieval"] if result["task"] == task)
+            assert result["num_keys"] == num_keys
+            cells = {(cell["length"], cell["depth"]): cell for cell in result["cells"]}
+            assert set(cells) == {(length, depth) for length in lengths for depth in (0.0, 0.5, 1.0)}
+            assert all(cell["num_samples"] == 2 for cell in cells.values())
+    assert len(held["models"][1]["similarity"]["by_layer"]) == 3
+
+
+def test_notes_say_what_was_left_out(report: Report) -> None:
+    original, longer, wide = report.models
+    assert original.is_reference and original.similarity is None
+    assert longer.similarity is not None
+    assert wide.similarity is None and "width 32" in " ".join(wide.notes)
+    assert "passkey: left out at 32, 64 tokens" in " ".join(longer.notes)
+
+
+def test_table_is_aligned_and_complete(report: Report) -> None:
+    lines = format_table(report).splitlines()
+    head, rule, *rows = lines[:5]
+    assert len({len(line) for line in (head, rule, *rows)}) == 1
+    assert (
+        "short ppl @128" in head
+        and "long ppl @256" in head
+        and "passkey @256" in head
+        and "similarity" in head
+    )
+    for model, row in zip(report.models, rows, strict=True):
+        assert row.startswith(model.name)
+        assert f"{model.short.perplexity:.2f}" in row or f"{model.short.perplexity:,.0f}" in row
+    assert any("width 32" in line for line in lines[5:])
+
+
+def test_page_is_self_contained_and_names_every_model(report: Report, output: Path) -> None:
+    html = (output / "report.html").read_text(encoding="utf-8")
+    for name in ("the original", "the &lt;longer&gt;", "wide"):
+        assert name in html
+    assert "<longer>" not in html
+    assert not re.search(r"https?:|@import|<script|<link|src=", html)
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    assert html.count("<svg") == 6  # losses, lengths, three heat maps, similarity
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
+    assert not re.search(
+        r"#0a000\d|#010101|#020202", html
+    )  # every stand-in colour became a variable of the page
+    assert "python tools/evaluate.py --hf ..." in html
+
+
+def test_page_without_anything_to_compare(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    """One model: nothing beside it, one window."""
+    alone = evaluate([folders["longer"]], tmp_path, settings=settings_for(text_file, extended_window=256))
+    assert (alone.original_window, alone.extended_window) == (256, 256)
+    assert "Hidden states against" not in page.render(alone)
+    assert (
+        evaluate([folders["longer"]], tmp_path, settings=settings_for(text_file)).models[0].short
+        == alone.models[0].short
+    )
+
+
+def test_reference_outside_the_models_is_measured_first(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    result = evaluate(
+        [folders["longer"]],
+        tmp_path,
+        settings=settings_for(text_file, num_samples=1),
+        reference=folders["onebos"],
+        names=["mine"],
+    )
+    assert [(model.name, model.is_reference) for model in result.models] == [
+        ("onebos", True),
+        ("mine", False),
+    ]
+    assert result.original_window == 128
+    assert any("tokenizers differ" in note for note in result.notes)
+
+
+def test_names_are_the_shortest_ends_that_differ() -> None:
+    assert default_names([Path("/m/a"), Path("/m/b")]) == ["a", "b"]
+    assert default_names([Path("/runs/a/hf"), Path("/runs/b/hf")]) == ["a/hf", "b/hf"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"extended_window": 64}, "--window 64: is below the original window 128"), ({"num_samples": 0}, "--samples 0"),
+     ({"num_keys": 1}, "--keys 1: must be at least 2"), ({"lengths": (0,)}, "--lengths 0"), ({"dtype": "int8"}, "--dtype int8"),
+     ({"tokens_per_batch": 0}, "--tokens-per-batch 0"), ({"original_window": 1}, "--original-window 1"),
+     ({"extended_window": 10**6}, "texts too short"), ({"short_texts": (Path("none.txt"),)}, "none.txt: no such file")],
+)  # fmt: skip
+def test_bad_settings(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate([folders["base"]], tmp_path / "report", settings=settings_for(text_file, **changes))
+    assert not (tmp_path / "report").exists()
+
+
+def test_every_problem_with_the_models_comes_in_one_error(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        evaluate(
+            [folders["base"], tmp_path / "none", tmp_path / "empty"],
+            tmp_path / "report",
+            names=["one", "one"],
+        )
+    text = "\n".join(caught.value.problems)
+    for part in (
+        "none: no such folder",
+        "empty: has no config.json",
+        "2 names for 3 models",
+        "a name is given twice",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [("config.json", "transformers cannot read it"), ("tokenizer", "cannot load a tokenizer"), ("weights", "cannot load the model"),
+     ("window", "max_position_embeddings is missing"), ("positions", "has no rotary positions")],
+)  # fmt: skip
+def test_broken_model_folders(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path, spoil: str, message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folders["base"], model)
+    if spoil == "config.json":
+        (model / "config.json").write_text('{"model_type": "unheard-of"}', encoding="utf-8")
+    elif spoil == "tokenizer":
+        for file in model.glob("token*"):
+            file.unlink()
+    elif spoil == "weights":
+        (model / "model.safetensors").unlink()
+    elif spoil == "window":
+        (model / "config.json").write_text('{"model_type": "bloom"}', encoding="utf-8")
+    else:
+        (model / "config.json").write_text('{"model_type": "gpt2", "n_positions": 64}', encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        evaluate([model], tmp_path / "report", settings=settings_for(text_file, extended_window=256))
+
+
+def test_output_with_other_files_is_refused_and_left_alone(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    kept = tmp_path / "results.json"
+    for content in ("{}", "not json", '{"kind": "other"}'):
+        kept.write_text(content, encoding="utf-8")
+        with pytest.raises(UserError, match="not empty and holds no earlier report"):
+            evaluate([folders["base"]], tmp_path, settings=settings_for(text_file))
+        assert [file.name for file in tmp_path.iterdir()] == ["results.json"] and kept.read_text(
+            encoding="utf-8"
+        ) == content
+    with pytest.raises(UserError, match="is a file"):
+        evaluate([folders["base"]], kept, settings=settings_for(text_file))
+
+
+def test_earlier_report_is_replaced(
+    report: Report, output: Path, folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(output, tmp_path / "again")
+    evaluate([folders["base"]], tmp_path / "again", settings=settings_for(text_file, num_samples=1))
+    assert sorted(file.name for file in (tmp_path / "again").iterdir()) == ["report.html", "results.json"]
+    assert len(json.loads((tmp_path / "again" / "results.json").read_text(encoding="utf-8"))["models"]) == 1
+
+
+def test_command_line(
+    tool: ModuleType,
+    folders: dict[str, Path],
+    text_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tool.main(
+        [
+            "--hf",
+            str(folders["base"]),
+            "--name",
+            "original",
+            "--output",
+            str(tmp_path),
+            "--text",
+            str(text_file),
+            "--lengths",
+            "256",
+            "128",
+        ]
+        + "--window 256 --short-windows 2 --long-windows 1 --depths 2 --samples 1 --keys 2 --device cpu".split()
+    )
+    printed = capsys.readouterr()
+    assert "original" in printed.out and "report.html" in printed.out
+    assert printed.err == ""
+    held = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert held["command"].startswith("python tools/evaluate.py --hf")
+    assert held["settings"]["lengths"] == [128, 256]
+    assert (held["models"][0]["short"]["num_windows"], held["models"][0]["long"]["num_windows"]) == (2, 1)
+
+
+def test_command_line_exits_with_two_on_a_users_mistake(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["evaluate.py", "--hf", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as caught:
+        tool.run_cli(tool.main)
+    assert caught.value.code == 2
+    assert "none: no such folder" in capsys.readouterr().err

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+from tests.evaluation.conftest import byte_tokenizer
+
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation.texts import cut_windows, encoder_of, text_source, token_stream
+
+ENCODER = encoder_of(byte_tokenizer())
+BOS, EOS = 0, 1
+
+
+def source_of(folder: Path, *texts: str):
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return text_source([file])
+
+
+def test_first_window_of_every_document_comes_before_a_second(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "a" * 25, "b" * 10, "c" * 9, "d" * 30)
+    windows = cut_windows(source, ENCODER, window=10, num_windows=5, seed=0)
+    assert [ENCODER.decode(row.tolist()) for row in windows.tokens] == [
+        "a" * 10,
+        "b" * 10,
+        "d" * 10,
+        "a" * 10,
+        "d" * 10,
+    ]
+    assert windows.num_joined == 0
+
+
+def test_short_documents_are_joined_only_where_whole_ones_do_not_suffice(tmp_path: Path) -> None:
+    windows = cut_windows(source_of(tmp_path, "a" * 10, "bcd", "efg", "hij"), ENCODER, 10, 3, seed=0)
+    assert windows.num_joined == 1
+    assert windows.tokens[0].tolist() == ENCODER.encode("a" * 10)
+    assert windows.tokens[1].tolist() == [
+        *ENCODER.encode("bcd"),
+        EOS,
+        *ENCODER.encode("efg"),
+        EOS,
+        *ENCODER.encode("hi"),
+    ]
+
+
+def test_windows_open_with_the_tokenizers_own_start_token(tmp_path: Path) -> None:
+    encoder = encoder_of(byte_tokenizer(bos=True))
+    windows = cut_windows(source_of(tmp_path, "x" * 30), encoder, 10, 4, seed=0)
+    assert windows.tokens.shape == (3, 10)
+    assert windows.tokens[:, 0].tolist() == [BOS] * 3
+    assert BOS not in windows.tokens[:, 1:]
+    assert ENCODER.start == ()
+    assert encoder.fingerprint != ENCODER.fingerprint
+
+
+def test_texts_too_short_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"too short.*gives 3 tokens, one window needs 10"):
+        cut_windows(source_of(tmp_path, "abc"), ENCODER, 10, 1, seed=0)
+
+
+def test_token_stream_is_documents_in_a_row(tmp_path: Path) -> None:
+    stream = token_stream(source_of(tmp_path, "abc", "de"), ENCODER, 100, seed=0)
+    assert stream == [*ENCODER.encode("abc"), EOS, *ENCODER.encode("de"), EOS]
+    assert token_stream(source_of(tmp_path, "abc", "de"), ENCODER, 2, seed=0) == stream[:2]
+
+
+def test_folders_are_searched_and_their_order_is_seeded(tmp_path: Path) -> None:
+    for index in range(8):
+        (tmp_path / f"{index}").mkdir()
+        (tmp_path / f"{index}" / "t.txt").write_text(str(index), encoding="utf-8")
+    (tmp_path / "skipped.md").write_text("no", encoding="utf-8")
+    source = text_source([tmp_path])
+    assert sorted(source.documents(0)) == [str(index) for index in range(8)]
+    assert list(source.documents(0)) == list(source.documents(0)) != list(source.documents(1))
+
+
+def test_default_is_the_standard_library_and_says_so() -> None:
+    source = text_source([])
+    assert "standard library" in source.description
+    assert not any("site-packages" in file.parts for file in source.files)
+    assert any(file.name == "argparse.py" for file in source.files)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("none.txt", None, "no such file"), ("a.pdf", "x", "neither .txt nor .jsonl"), ("a.jsonl", "{}\n", "a.jsonl:1"),
+     ("b.jsonl", '{"text": "a"}\nnot json\n', "b.jsonl:2"), ("empty", "folder", "holds no .txt")],
+)  # fmt: skip
+def test_bad_text_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        list(text_source([path]).documents(0))
