@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe", type=Path, help="the YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     options = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", module=r"megatron\..*")  # what is not installed on a CPU, or deprecated
-    logging.getLogger("megatron").setLevel(logging.ERROR)
+    _silence_libraries()
 
     recipe = load_recipe(options.recipe, options.overrides)
     source = read_architecture(recipe.model.hf)
@@ -62,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(run)
     finally:
         groups.destroy()
+
+
+def _silence_libraries() -> None:
+    """Hides what Megatron and torch say of themselves: what is not installed on a CPU, what is deprecated."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")
+    for library in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

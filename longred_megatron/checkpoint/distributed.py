@@ -29,7 +29,7 @@ _INDEX_NAMES = {
     "pathlib": {"Path", "PosixPath"},
     "builtins": {"set", "frozenset", "slice"},
 }
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 def save(
@@ -48,7 +48,7 @@ def save(
     Raises:
         UserError: the folder cannot be written (a full disk, no permission); older checkpoints are untouched.
     """
-    rank, partial = torch.distributed.get_rank(), path.with_name(path.name + _PARTIAL)
+    rank, partial = torch.distributed.get_rank(), path.with_name(path.name + PARTIAL)
     try:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,16 @@ import torch
 from longred_megatron.checkpoint.weight_files import PICKLES
 
 CONFIG = "config.json"
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".h5", ".msgpack", ".onnx", ".gguf", *PICKLES)
+_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+    *PICKLES,
+)
 _TEMPLATES = "additional_chat_templates"  # the one sub-folder transformers reads beside a model
 # File -> the key that holds the window, in tokens, where it has one.
 _WINDOW_KEYS = {"tokenizer_config.json": "model_max_length", "generation_config.json": "max_length"}
@@ -46,7 +55,12 @@ def copy_companions(source: Path, target: Path) -> None:
     """Copies what belongs to a model but is neither its weights nor config.json: tokenizer, generation settings, chat
     templates, licence. Hidden files and pickles are left out."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and path.name != CONFIG and not path.name.endswith(_WEIGHTS):
+        if (
+            path.is_file()
+            and not path.name.startswith(".")
+            and path.name != CONFIG
+            and not path.name.endswith(_WEIGHTS)
+        ):
             shutil.copyfile(path, target / path.name)
     if (source / _TEMPLATES).is_dir():
         shutil.copytree(source / _TEMPLATES, target / _TEMPLATES, dirs_exist_ok=True)

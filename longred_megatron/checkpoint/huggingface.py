@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions, exported_config, widen_companions, write_json
+from longred_megatron.checkpoint.hf_config import (
+    CONFIG,
+    copy_companions,
+    exported_config,
+    widen_companions,
+    write_json,
+)
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Rule, stage_rules
 from longred_megatron.config import Architecture
@@ -141,7 +147,9 @@ def _read(files: WeightFiles, rule: Rule, groups: ProcessGroupCollection) -> Ten
     return rule.to_megatron([files[name] for name in rule.huggingface], groups.tp.rank(), groups.tp.size())
 
 
-def _check_tied_head(files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection) -> None:
+def _check_tied_head(
+    files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection
+) -> None:
     head = rule.to_megatron([files[HEAD]], groups.tp.rank(), groups.tp.size())
     if not torch.equal(head, embedding):
         raise UserError(
@@ -232,7 +240,10 @@ def _name_shards(folder: Path, shards: list[Shard]) -> None:
         (folder / file).rename(folder / name)
         weight_map |= dict.fromkeys(tensors, name)
         total_bytes += sum(tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        folder / INDEX,
+        {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))},
+    )
 
 
 @contextmanager
@@ -255,7 +266,9 @@ def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
 
 
 def _sentence(error: OSError | SafetensorError, output: Path) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(
+        error
+    )  # 28: ENOSPC, from safetensors
     if full:
         return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
     return f"{output}: the model could not be written ({error}); nothing was written"

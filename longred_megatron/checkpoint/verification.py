@@ -52,7 +52,10 @@ def verify(
             for name, tensor in tensors.items()
         ]
     tokens = torch.randint(
-        architecture.vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.int64
+        architecture.vocab_size,
+        (1, num_tokens),
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.int64,
     )
     ours, theirs = stage_logits(stages[0], architecture, tokens), _transformers_logits(hf, tokens)
     return Verification(

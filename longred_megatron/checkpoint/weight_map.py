@@ -81,7 +81,9 @@ class Rows:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         groups = self.groups or len(shards)
         stacked = torch.cat(list(shards))
-        parts = stacked.view(groups, -1, *stacked.shape[1:]).split([rows // groups for rows in self.rows], dim=1)
+        parts = stacked.view(groups, -1, *stacked.shape[1:]).split(
+            [rows // groups for rows in self.rows], dim=1
+        )
         return [part.reshape(-1, *stacked.shape[1:]) for part in parts]
 
 
@@ -141,7 +143,9 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
 
     rules = [
         replicated(
-            ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"), "input_layernorm.weight", hidden
+            ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+            "input_layernorm.weight",
+            hidden,
         ),
         Rule(
             ("self_attention.linear_qkv.weight",),
@@ -153,10 +157,14 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
             qkv,
         ),
         Rule(
-            ("self_attention.linear_proj.weight",), {"self_attn.o_proj.weight": (hidden, query)}, Columns(query)
+            ("self_attention.linear_proj.weight",),
+            {"self_attn.o_proj.weight": (hidden, query)},
+            Columns(query),
         ),
         replicated(
-            ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"), "post_attention_layernorm.weight", hidden
+            ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+            "post_attention_layernorm.weight",
+            hidden,
         ),
         Rule(
             ("mlp.linear_fc1.weight",),
@@ -166,7 +174,11 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
         Rule(("mlp.linear_fc2.weight",), {"mlp.down_proj.weight": (hidden, ffn)}, Columns(ffn)),
     ]
     if a.qkv_bias:
-        biases = {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+        biases = {
+            "self_attn.q_proj.bias": (query,),
+            "self_attn.k_proj.bias": (kv,),
+            "self_attn.v_proj.bias": (kv,),
+        }
         rules.append(Rule(("self_attention.linear_qkv.bias",), biases, qkv))
     if a.attention_output_bias:
         rules.append(replicated(("self_attention.linear_proj.bias",), "self_attn.o_proj.bias", hidden))
@@ -175,8 +187,12 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
         rules.append(Rule(("mlp.linear_fc1.bias",), biases, gate_up))
         rules.append(replicated(("mlp.linear_fc2.bias",), "mlp.down_proj.bias", hidden))
     if a.qk_norm:
-        rules.append(replicated(("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", a.head_dim))
-        rules.append(replicated(("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", a.head_dim))
+        rules.append(
+            replicated(("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", a.head_dim)
+        )
+        rules.append(
+            replicated(("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", a.head_dim)
+        )
     return rules
 
 

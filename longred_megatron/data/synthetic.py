@@ -1,13 +1,14 @@
-"""Small real training texts with known answers, from nothing but this machine's Python: for the demo, the tests and the tiny base model.
+"""Small real training texts with known answers, from nothing but the Python at hand, for demo and tests.
 
 Three kinds of text:
 
 - *code and prose*: the sources of the Python standard library and the help topics of `pydoc`;
 - *repeats*: lines of random words, each said several times, from which a small model learns to copy;
-- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of the library. Every later
-  saying can only be predicted by finding an earlier one, so one text holds many retrieval exercises over many distances.
+- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of
+  the library. Every later saying can only be predicted by finding an earlier one, so one text holds many
+  retrieval exercises over many distances.
 
-Everything is a pure function of the generator passed in (a seed and the set's name) and of the Python version.
+Everything depends on nothing but the generator passed in and the Python version.
 """
 
 import json
@@ -23,13 +24,27 @@ from longred_megatron.evaluation.retrieval_text import WORDS, draw_value, needle
 
 # Never trained on: perplexity is measured here, and retrieval between these lines.
 HELD_OUT_MODULES = (
-    "argparse.py", "bisect.py", "cmd.py", "csv.py", "email/message.py", "fractions.py", "gzip.py", "http/client.py", "json/decoder.py",
-    "json/encoder.py", "mailbox.py", "queue.py", "sched.py", "shelve.py", "statistics.py", "tarfile.py", "textwrap.py", "timeit.py",
-)  # fmt: skip
-# Tests repeat themselves, and the code pages under encodings are tables of characters.
-_SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__", "ensurepip"}
+    "argparse.py",
+    "bisect.py",
+    "cmd.py",
+    "csv.py",
+    "email/message.py",
+    "fractions.py",
+    "gzip.py",
+    "http/client.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "mailbox.py",
+    "queue.py",
+    "sched.py",
+    "shelve.py",
+    "statistics.py",
+    "tarfile.py",
+    "textwrap.py",
+    "timeit.py",
 )
+# Tests repeat themselves, and the code pages under encodings are tables of characters.
+_SKIPPED_FOLDERS = frozenset({"site-packages", "test", "tests", "idle_test", "encodings", "ensurepip"})
 
 
 def library_modules() -> dict[str, str]:
@@ -38,6 +53,7 @@ def library_modules() -> dict[str, str]:
     modules = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
+        # The help topics are a module too; `training_texts` adds them as the prose they are.
         if _SKIPPED_FOLDERS.isdisjoint(relative.parts) and relative.as_posix() != "pydoc_data/topics.py":
             modules[relative.as_posix()] = path.read_text(encoding="utf-8")
     return modules
@@ -50,14 +66,15 @@ def training_texts() -> list[str]:
 
 
 def held_out_texts() -> list[str]:
+    """The modules of `HELD_OUT_MODULES`."""
     modules = library_modules()
     return [modules[name] for name in HELD_OUT_MODULES]
 
 
 def stretches(texts: Sequence[str], num_characters: int, rng: random.Random) -> Iterator[list[str]]:
-    """Endless runs of whole lines that follow each other, at least `num_characters` in all, from texts at least twice as long.
+    """Endless runs of consecutive whole lines of `texts`, each of `num_characters` or little more in all.
 
-    A text is drawn in proportion to its length, and the first line evenly from those that leave enough text behind them.
+    A text is drawn in proportion to the number of lines at which a run can begin, and that line evenly.
 
     Raises:
         ValueError: no text is long enough.
@@ -65,15 +82,14 @@ def stretches(texts: Sequence[str], num_characters: int, rng: random.Random) -> 
     pool = []
     for text in texts:
         lines = text.splitlines(keepends=True)
-        ends, length = [], 0
-        for line in lines:
-            length += len(line)
-            ends.append(length)
-        num_starts = sum(length - end >= num_characters for end in ends)
-        if length >= 2 * num_characters and num_starts:
-            pool.append((lines, num_starts))
+        num_starts, behind = len(lines), 0
+        while num_starts and behind < num_characters:
+            num_starts -= 1
+            behind += len(lines[num_starts])
+        if behind >= num_characters:
+            pool.append((lines, num_starts + 1))
     if not pool:
-        raise ValueError(f"no text has {2 * num_characters} characters")
+        raise ValueError(f"no text has {num_characters} characters")
     weights = [num_starts for _, num_starts in pool]
     while True:
         [(lines, num_starts)] = rng.choices(pool, weights)
@@ -92,7 +108,7 @@ def repeat_text(num_words: int, num_sayings: int, rng: random.Random) -> str:
 
 
 def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random.Random) -> str:
-    """`num_keys` different words with a pass key each, stated on `num_sayings` lines, at random places between the lines of `filler`."""
+    """Pass keys of `num_keys` words, each stated `num_sayings` times at random places in the filler."""
     sayings = [needle(word, draw_value(rng)) for word in rng.sample(WORDS, num_keys)] * num_sayings
     rng.shuffle(sayings)
     before: dict[int, list[str]] = {}
@@ -101,15 +117,10 @@ def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random
     return "".join("".join(before.get(place, [])) + line for place, line in enumerate([*filler, ""]))
 
 
-def _between(low: float, high: float, rng: random.Random) -> int:
-    """A whole number from low to high, all orders of magnitude alike."""
-    return int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
-
-
 def _repeats(num_texts: int, max_words: int, rng: random.Random) -> Iterator[str]:
-    """Lines of 3 to max_words words, each said as often as about twice max_words words allow, 2 to 12 times."""
+    """Lines of 3 to max_words words, mostly short, said until there are about 2 max_words words."""
     for _ in range(num_texts):
-        num_words = _between(3, max_words, rng)
+        num_words = int(math.exp(rng.uniform(math.log(3), math.log(max_words + 1))))
         yield repeat_text(num_words, min(max(2 * max_words // num_words, 2), 12), rng)
 
 
@@ -119,7 +130,9 @@ def _bare_keys(num_texts: int, rng: random.Random) -> Iterator[str]:
 
 
 def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
-    fillers = [stretches(training_texts(), length, rng) for length in num_characters]
+    """Keys between library lines, as many characters of them as one of `num_characters`."""
+    texts = training_texts()
+    fillers = [stretches(texts, length, rng) for length in num_characters]
     for _ in range(num_texts):
         yield key_text(next(rng.choice(fillers)), rng.randint(1, max_keys), rng.randint(2, 4), rng)
 
@@ -130,16 +143,16 @@ def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[
         yield "".join(next(source))
 
 
-# The tokenizer of tests/assets/tiny_base has 2.6 characters a token in such texts, and each word of WORDS is one token.
+# The tokenizer of tests/assets/tiny_base has 2.6 characters a token here, and each of WORDS is one token.
 SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
-    # Curriculum of the tiny base model: windows of 128, then 512 tokens.
+    # The tiny base model: windows of 128, then 512 tokens.
     "repeats": lambda share, rng: _repeats(round(16_000 * share), 40, rng),
     "keys": lambda share, rng: _bare_keys(round(12_000 * share), rng),
     "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
     "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
     "keys_512": lambda share, rng: _keys(round(8_000 * share), (300, 600, 900, 1200), 8, rng),
     "text": lambda share, rng: training_texts(),
-    # Extension of its window from 512 to 2048 tokens.
+    # Its window extended from 512 to 2048 tokens.
     "long": lambda share, rng: [text for text in training_texts() if len(text) > 6000],
     "long_keys": lambda share, rng: _keys(round(300 * share), (4500,), 12, rng),
     "window": lambda share, rng: _plain(round(1_000 * share), 1500, rng),
@@ -153,24 +166,20 @@ SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
 def write_sets(folder: Path, names: Iterable[str], seed: int, share: float = 1.0) -> dict[Path, int]:
     """Writes FOLDER/NAME.jsonl, one {"text": ...} a line, for each of `names`.
 
-    Each set has a generator of its own, so its texts do not depend on which others are written. `share` multiplies the
-    number of texts of the drawn sets; the sets of whole modules are always whole.
+    Each set has a generator of its own, so its texts do not depend on which others are written. `share`
+    multiplies the number of texts of the drawn sets; the sets of whole modules are always whole.
 
     Returns:
         path -> number of texts.
 
     Raises:
-        UserError: an unknown set, a share that is not positive, or a file that is already there.
+        UserError: an unknown set, a share that is not positive, or a file that is there already.
     """
-    names = list(names)
     paths = {name: folder / f"{name}.jsonl" for name in names}
-    problems = [
-        f"set {name!r} is unknown: choose from {', '.join(SETS)}" for name in names if name not in SETS
-    ]
+    known = ", ".join(SETS)
+    problems = [f"set {name!r} is unknown: choose from {known}" for name in paths if name not in SETS]
     problems += [
-        f"{path} is already there: remove it or choose another folder"
-        for path in paths.values()
-        if path.exists()
+        f"{path} is there already: choose another folder" for path in paths.values() if path.exists()
     ]
     if share <= 0:
         problems.append(f"share is {share}: it must be above 0")

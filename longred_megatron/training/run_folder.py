@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.config import Recipe, dump_recipe
 from longred_megatron.errors import UserError
 
@@ -50,8 +51,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for _, path in checkpoints(folder)[:-keep]:
+    """Removes all but the newest `keep` checkpoints, and what a killed process left half-written."""
+    for path in [path for _, path in checkpoints(folder)[:-keep]] + list(folder.glob(f"checkpoints/*{PARTIAL}")):
         shutil.rmtree(path)
 
 

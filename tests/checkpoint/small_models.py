@@ -6,14 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
-
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 # No two sizes are equal, so that a swapped dim is seen. The vocabulary is odd, so that it needs padding.
-SIZES: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, vocab_size=101, max_position_embeddings=64
-)
-GROUPED: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 64,
+}
+GROUPED: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -27,8 +37,12 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_2": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
-    "llama_3": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
-    "llama_3_2": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama_3": lambda: LlamaConfig(
+        **SIZES, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    ),
+    "llama_3_2": lambda: LlamaConfig(
+        **SIZES, **GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
+    ),
     "llama_biases": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
     "llama_yarn": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=YARN_ROPE),
     "llama_linear": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LINEAR_ROPE),

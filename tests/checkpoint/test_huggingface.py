@@ -1,6 +1,5 @@
 import errno
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -20,7 +19,7 @@ from longred_megatron.config.schema import Parallel, Precision
 from longred_megatron.errors import UserError
 from longred_megatron.model.stage import build_stages
 from longred_megatron.objectives.rope import extended_rope
-from tests.checkpoint.small_models import LLAMA3_ROPE, LINEAR_ROPE, MODELS, YARN_ROPE, edit_json, write_model
+from tests.checkpoint.small_models import LINEAR_ROPE, LLAMA3_ROPE, MODELS, YARN_ROPE, edit_json, write_model
 
 
 def load(folder, groups, params="fp32"):
@@ -110,20 +109,20 @@ def test_sharded_source_and_sharded_export(tmp_path, groups, monkeypatch, load_s
 
 
 EXTENSIONS = {
-    "abf": (dict(method="abf", theta=2e6), 256),
-    "pi": (dict(method="pi", factor=4.0), 256),
-    "yarn": (dict(method="yarn", factor=4.0, beta_fast=16.0, attention_factor=1.2), 256),
+    "abf": ({"method": "abf", "theta": 2e6}, 256),
+    "pi": ({"method": "pi", "factor": 4.0}, 256),
+    "yarn": ({"method": "yarn", "factor": 4.0, "beta_fast": 16.0, "attention_factor": 1.2}, 256),
 }
 
 
 @pytest.mark.parametrize("dialect", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("method", EXTENSIONS)
-def test_extended_rope_is_read_correctly_by_transformers(
-    method, dialect, tmp_path, groups, load_silently
-):
+def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_path, groups, load_silently):
     source = write_model("llama_3", tmp_path / "source")
     if dialect == "rope_scaling":
-        edit_json(source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32")
+        edit_json(
+            source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32"
+        )
     stages, architecture = load(source, groups)
     settings, window = EXTENSIONS[method]
     rope = extended_rope(architecture.rope, original_window=64, **settings)
@@ -145,7 +144,9 @@ def test_extended_rope_is_read_correctly_by_transformers(
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, YARN_ROPE, LINEAR_ROPE], ids=lambda rope: rope["rope_type"])
 def test_legacy_scaling_named_type_is_kept(rope, tmp_path, groups, load_silently):
     source = write_model("llama_3", tmp_path / "source")
-    scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
+    scaling = {
+        "type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"
+    }
     edit_json(
         source / "config.json", rope_parameters=None, rope_theta=rope["rope_theta"], rope_scaling=scaling
     )
@@ -192,7 +193,9 @@ def test_other_files_are_copied_and_the_window_is_widened(tmp_path, groups):
         "model_max_length": 256,
         "bos_token": "ſ",
     }
-    assert json.loads((output / "generation_config.json").read_text())["max_length"] == 32  # was not the window
+    assert (
+        json.loads((output / "generation_config.json").read_text())["max_length"] == 32
+    )  # was not the window
     config = json.loads((output / "config.json").read_text())
     assert config["made_by"] == "somebody" and config["max_position_embeddings"] == 256
     assert (output / "recipe.yaml").read_text() == "model: {}\n"

@@ -349,7 +349,7 @@ def test_rope_extension_is_what_extended_rope_takes(
     assert (rope == architecture.rope) == (method == "none")
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=list(HealthCheck), deadline=None)
 @given(
     tensor=st.integers(1, 9),
     pipeline=st.integers(1, 9),

@@ -72,7 +72,7 @@ def test_memory_of_one_rank_is_that_of_the_whole_model(
     assert math.isclose(one.teacher, 2 * (number - embedding), rel_tol=1e-5)
     # 6 micro-batches x 3 layers and 2 x the last one, 65,536 tokens x 4,096 in bf16
     assert one.teacher_targets == (6 * 3 + 2) * 65536 * 4096 * 2
-    # An input a layer, and one layer's working set: 4 h + 2 queries + 2 (keys + values) + 3 feed-forward widths
+    # An input a layer, and one working set: 4 h + 2 queries + 2 (keys + values) + 3 feed-forward widths
     assert one.activations == 65536 * 2 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
     assert one.loss_logits == 1024 * 128256 * 8
     assert one.total == sum(vars(one).values())

@@ -40,7 +40,7 @@ def llama(window: int, hidden_size: int = 16, num_layers: int = 2, seed: int = 0
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hugging Face folders: base (window 128), longer (256, other weights), wider, onebos (another tokenizer)."""
+    """Hugging Face folders: base (window 128), longer (256, other weights), wider, onebos (has a BOS)."""
     root = tmp_path_factory.mktemp("models")
     networks = {
         "base": llama(WINDOW),

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.evaluation.conftest import byte_tokenizer
 from torch import Tensor, nn
 
 from longred_megatron.errors import UserError
@@ -20,6 +19,7 @@ from longred_megatron.evaluation.retrieval import (
     measure_retrieval,
 )
 from longred_megatron.evaluation.texts import encoder_of
+from tests.evaluation.conftest import byte_tokenizer
 
 ENCODER = encoder_of(byte_tokenizer())
 FILLER = ENCODER.encode("some lines of filler text\nand others " * 100)
@@ -27,7 +27,7 @@ LENGTHS, DEPTHS = (192, 256), even_depths(5)
 
 
 class Copier(nn.Module):
-    """Predicts what followed the longest earlier match of the text so far, as a perfect induction head does."""
+    """Predicts what followed the longest earlier match of the text so far, as induction heads do."""
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         return SimpleNamespace(logits=torch.stack([self._row(row) for row in input_ids]))
@@ -99,7 +99,7 @@ def test_value_that_the_filler_holds_is_drawn_again(monkeypatch: pytest.MonkeyPa
 
 
 def test_answered_is_exactly_greedy_decoding(base: CausalModel) -> None:
-    """The model's own greedy continuation counts as answered; the same with any one token changed does not."""
+    """The model's own greedy continuation counts as answered; with any one token changed it does not."""
     start = FILLER[:40]
     with torch.no_grad():
         greedy = base.network.generate(

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.evaluation.conftest import loaded
 
 from longred_megatron.evaluation.models import CausalModel
 from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
+from tests.evaluation.conftest import loaded
 
 TOKENS = torch.randint(0, 258, (3, 40), generator=torch.Generator().manual_seed(0))
 

@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.evaluation.conftest import byte_tokenizer
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import cut_windows, encoder_of, text_source, token_stream
+from tests.evaluation.conftest import byte_tokenizer
 
 ENCODER = encoder_of(byte_tokenizer())
 BOS, EOS = 0, 1
@@ -83,9 +83,14 @@ def test_default_is_the_standard_library_and_says_so() -> None:
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("none.txt", None, "no such file"), ("a.pdf", "x", "neither .txt nor .jsonl"), ("a.jsonl", "{}\n", "a.jsonl:1"),
-     ("b.jsonl", '{"text": "a"}\nnot json\n', "b.jsonl:2"), ("empty", "folder", "holds no .txt")],
-)  # fmt: skip
+    [
+        ("none.txt", None, "no such file"),
+        ("a.pdf", "x", "neither .txt nor .jsonl"),
+        ("a.jsonl", "{}\n", "a.jsonl:1"),
+        ("b.jsonl", '{"text": "a"}\nnot json\n', "b.jsonl:2"),
+        ("empty", "folder", "holds no .txt"),
+    ],
+)
 def test_bad_text_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     path = tmp_path / name
     if content == "folder":

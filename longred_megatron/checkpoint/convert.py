@@ -1,0 +1,140 @@
+"""Whole checkpoints between Hugging Face folders and Megatron's distributed format, in one process."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from longred_megatron.checkpoint import distributed
+from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions
+from longred_megatron.checkpoint.huggingface import check_free, export, load_weights
+from longred_megatron.checkpoint.verification import Verification, verify
+from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
+from longred_megatron.config import Architecture, Parallel, Precision, read_architecture
+from longred_megatron.errors import UserError
+from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.parallel.groups import destroy, initialize
+
+HF_SOURCE = (
+    "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
+)
+RECIPE = "recipe.yaml"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def hf_to_megatron(hf: Path, output: Path) -> None:
+    """Writes the weights in `hf` as a distributed checkpoint that any layout can load.
+
+    Raises:
+        UserError: `hf` is not a supported model, or `output` is in use or cannot be written.
+    """
+    hf, output = hf.absolute(), output.absolute()
+    check_free(output)
+    architecture = read_architecture(hf)
+    with WeightFiles(hf) as files:
+        dtype = _dtype_holding(files)
+    with _one_process() as groups:
+        stages = _build(architecture, dtype, groups)
+        load_weights(stages, hf, architecture, groups)
+        description = {"architecture": asdict(architecture), "source_hf": str(hf), "dtype": dtype}
+        unfinished = output.with_name(f".{output.name}.incomplete")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        distributed.save(unfinished, stages, description)
+    try:
+        (unfinished / HF_SOURCE).mkdir()
+        shutil.copyfile(hf / CONFIG, unfinished / HF_SOURCE / CONFIG)
+        copy_companions(hf, unfinished / HF_SOURCE)
+        unfinished.rename(output)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(
+            f"{output}: the checkpoint could not be written ({error}); nothing was written"
+        ) from None
+
+
+def megatron_to_hf(checkpoint: Path, output: Path) -> None:
+    """Exports a converted or a training checkpoint, with the RoPE and window it was trained with.
+
+    Settings and tokenizer come from the folder the model was made from or, where that is gone, from the copy in a
+    converted checkpoint. A training checkpoint's recipe is exported too.
+
+    Raises:
+        UserError: not a checkpoint, its source is gone, or `output` is in use or cannot be written.
+    """
+    check_free(output)
+    description = distributed.read_description(checkpoint)
+    architecture = Architecture(**description["architecture"])
+    source, dtype = _source(checkpoint, description, architecture)
+    recipe = checkpoint / RECIPE
+    with _one_process() as groups:
+        stages = _build(architecture, description["dtype"], groups)
+        distributed.load(checkpoint, stages)
+        export(
+            stages,
+            source,
+            output,
+            architecture,
+            groups,
+            rope=architecture.rope,
+            max_position_embeddings=architecture.max_position_embeddings,
+            dtype=dtype,
+            recipe_text=recipe.read_text() if recipe.is_file() else None,
+        )
+
+
+def verify_checkpoint(hf: Path, checkpoint: Path) -> Verification:
+    """Compares a checkpoint with a Hugging Face folder; see `verify`."""
+    description = distributed.read_description(checkpoint)
+    architecture = Architecture(**description["architecture"])
+    with _one_process() as groups:
+        stages = _build(architecture, description["dtype"], groups)
+        distributed.load(checkpoint, stages)
+        return verify(stages, hf, architecture, groups)
+
+
+@contextmanager
+def _one_process() -> Iterator[ProcessGroupCollection]:
+    try:
+        yield initialize(Parallel(), seed=0)  # no random number is drawn
+    finally:
+        destroy()
+
+
+def _build(architecture: Architecture, dtype: str, groups: ProcessGroupCollection) -> list[Stage]:
+    """Stages in a dtype that holds every value of `dtype`."""
+    params: Any = "bf16" if dtype == "bf16" else "fp32"
+    return build_stages(architecture, Parallel(), Precision(params=params), groups)
+
+
+def _dtype_holding(files: WeightFiles) -> str:
+    """The name of the dtype that holds every tensor exactly: theirs, or fp32 where they differ."""
+    found = set(files.dtypes().values())
+    return next((name for name, dtype in DTYPES.items() if found == {dtype}), "fp32")
+
+
+def _source(
+    checkpoint: Path, description: dict[str, Any], architecture: Architecture
+) -> tuple[Path, torch.dtype | None]:
+    """The folder to take settings from, and the dtype to write (None: each tensor's own there)."""
+    window = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
+    candidates = [Path(description["source_hf"]), checkpoint / HF_SOURCE]
+    for hf in candidates:
+        if (hf / CONFIG).is_file() and replace(read_architecture(hf), **window) == architecture:
+            return hf, _dtype(hf, description["dtype"])
+    raise UserError(
+        f"{checkpoint}: the model it was made from is in neither {candidates[0]} nor {candidates[1]}; "
+        f"put its config.json and tokenizer into one of them"
+    )
+
+
+def _dtype(hf: Path, held: str) -> torch.dtype | None:
+    """None where `hf` has weights and the checkpoint's dtype holds them exactly."""
+    if not any((hf / file).is_file() for file in (SINGLE, INDEX)):
+        return DTYPES[held]
+    with WeightFiles(hf) as files:
+        return None if _dtype_holding(files) == held else DTYPES[held]

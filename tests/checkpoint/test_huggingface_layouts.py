@@ -1,0 +1,71 @@
+"""Weights through every kind of split at once: tensor, pipeline and virtual pipeline ranks, spawned on gloo."""
+
+import errno
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longred_megatron.checkpoint import huggingface
+from longred_megatron.checkpoint.huggingface import export, load_weights
+from longred_megatron.checkpoint.verification import same_bits
+from longred_megatron.config import read_architecture
+from longred_megatron.config.schema import Parallel, Precision
+from longred_megatron.errors import UserError
+from longred_megatron.model.stage import build_stages
+from longred_megatron.parallel.groups import destroy, initialize
+from tests.checkpoint.small_models import write_model
+
+NUM_RANKS = 4
+# The vocabulary is odd: the embedding's last row is padding on the second tensor rank.
+MODELS = ("qwen2", "qwen3_tied")
+
+
+def convert(rank: int, folder: Path) -> None:
+    """What each rank runs: there and back for each model, then once more on a full disk of one rank."""
+    for name, virtual_pipeline in zip(MODELS, (None, 2), strict=True):
+        torch.distributed.init_process_group(
+            "gloo",
+            store=torch.distributed.FileStore(str(folder / f"store-{name}"), NUM_RANKS),
+            rank=rank,
+            world_size=NUM_RANKS,
+            timeout=timedelta(seconds=60),
+        )
+        parallel = Parallel(tensor=2, pipeline=2, virtual_pipeline=virtual_pipeline)
+        groups = initialize(parallel, seed=1)
+        source = folder / name
+        architecture = read_architecture(source)
+        stages = build_stages(architecture, parallel, Precision(params="fp32"), groups)
+        load_weights(stages, source, architecture, groups)
+        unchanged = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
+        export(stages, source, folder / f"{name}-back", architecture, groups, **unchanged)
+        if rank == 2:  # tensor rank 0 of the last stage
+            huggingface.save_file = full_disk
+        with pytest.raises(UserError, match="disk is full"):
+            export(stages, source, folder / f"{name}-full", architecture, groups, **unchanged)
+        huggingface.save_file = save_file
+        destroy()
+
+
+save_file = huggingface.save_file
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_tensor_and_pipeline_parallel_there_and_back(tmp_path):
+    for name in MODELS:
+        write_model(name, tmp_path / name)
+    torch.multiprocessing.spawn(convert, args=(tmp_path,), nprocs=NUM_RANKS)
+    for name in MODELS:
+        expected = load_file(tmp_path / name / "model.safetensors")
+        files = sorted((tmp_path / f"{name}-back").glob("*.safetensors"))
+        assert [file.name for file in files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        back = [load_file(file) for file in files]
+        assert back[0].keys().isdisjoint(back[1].keys()) and back[0].keys() | back[1].keys() == expected.keys()
+        for tensor_name, tensor in (back[0] | back[1]).items():
+            assert same_bits(tensor, expected[tensor_name]), tensor_name
+        assert not list(tmp_path.glob(f"*{name}-full*"))
