@@ -46,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     check_run_folder(recipe)
     data = MicroBatchSource(recipe)
-    for blend in recipe.data.values():
-        for prefix in blend:
-            check_tokens(prefix, source.vocab_size)
-    is_main = os.environ.get("RANK", "0") == "0"
-    if is_main:
+    if os.environ.get("RANK", "0") == "0":
+        for blend in recipe.data.values():
+            for prefix in blend:
+                check_tokens(prefix, source.vocab_size)
         print(startup_summary(recipe, source, world_size, teacher), flush=True)
 
     from longred_megatron.parallel import groups

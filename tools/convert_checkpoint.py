@@ -4,9 +4,9 @@
 Runs on the CPU in one process; it needs memory for one copy of the model, `verify` for two in fp32.
 
 Examples:
-    python tools/convert_checkpoint.py hf-to-megatron --hf models/Meta-Llama-3-8B --output checkpoints/llama3_8b
-    python tools/convert_checkpoint.py verify         --hf models/Meta-Llama-3-8B --checkpoint checkpoints/llama3_8b
-    python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/llama3_8b_32k/checkpoints/step-000512 --output hf
+    python tools/convert_checkpoint.py hf-to-megatron --hf models/Llama-3-8B --output checkpoints/llama3
+    python tools/convert_checkpoint.py verify         --hf models/Llama-3-8B --checkpoint checkpoints/llama3
+    python tools/convert_checkpoint.py megatron-to-hf --checkpoint runs/a/checkpoints/step-000512 --output hf
 """
 
 import argparse

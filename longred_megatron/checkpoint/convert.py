@@ -60,8 +60,8 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
 def megatron_to_hf(checkpoint: Path, output: Path) -> None:
     """Exports a converted or a training checkpoint, with the RoPE and window it was trained with.
 
-    Settings and tokenizer come from the folder the model was made from or, where that is gone, from the copy in a
-    converted checkpoint. A training checkpoint's recipe is exported too.
+    Settings and tokenizer come from the folder the model was made from or, where that is gone, from the copy
+    in a converted checkpoint. A training checkpoint's recipe is exported too.
 
     Raises:
         UserError: not a checkpoint, its source is gone, or `output` is in use or cannot be written.
@@ -121,7 +121,10 @@ def _source(
     checkpoint: Path, description: dict[str, Any], architecture: Architecture
 ) -> tuple[Path, torch.dtype | None]:
     """The folder to take settings from, and the dtype to write (None: each tensor's own there)."""
-    window = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
+    window: dict[str, Any] = {
+        "rope": architecture.rope,
+        "max_position_embeddings": architecture.max_position_embeddings,
+    }
     candidates = [Path(description["source_hf"]), checkpoint / HF_SOURCE]
     for hf in candidates:
         if (hf / CONFIG).is_file() and replace(read_architecture(hf), **window) == architecture:

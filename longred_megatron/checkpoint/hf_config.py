@@ -30,7 +30,7 @@ def exported_config(
 ) -> dict[str, Any]:
     """The source's config.json with another RoPE, window (tokens) and dtype, in the source's dialect.
 
-    transformers 5 writes `rope_parameters`; before it, `rope_theta` stood outside and `rope_scaling` held the rest.
+    transformers 5 writes `rope_parameters`; before, `rope_theta` stood alone, `rope_scaling` held the rest.
     """
     config = {**source, "max_position_embeddings": max_position_embeddings}
     rope = dict(rope)
@@ -52,8 +52,10 @@ def exported_config(
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies what belongs to a model but is neither its weights nor config.json: tokenizer, generation settings, chat
-    templates, licence. Hidden files and pickles are left out."""
+    """Copies what is neither weights nor config.json: tokenizer, generation settings, chat templates.
+
+    Hidden files and pickles are left out.
+    """
     for path in sorted(source.iterdir()):
         if (
             path.is_file()
@@ -67,7 +69,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def widen_companions(folder: Path, old_window: int, new_window: int) -> None:
-    """Sets the window (tokens) to `new_window` in the tokenizer's and generation's settings, where they repeat the old."""
+    """Sets the window (tokens) in the tokenizer's and generation's settings where they repeat the old."""
     for file, key in _WINDOW_KEYS.items():
         path = folder / file
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into the stages of any layout, and from any layout into such a folder."""
+"""Weights from a Hugging Face folder into the stages of any layout, and from any layout into a folder."""
 
 import errno
 import json
@@ -64,13 +64,14 @@ def export(
     dtype: torch.dtype | None = None,
     recipe_text: str | None = None,
 ) -> None:
-    """Writes a folder that transformers loads: weights, config.json, and the source's tokenizer and other files.
+    """Writes a folder that transformers loads: weights, config.json, the source's tokenizer and other files.
 
-    Every rank calls it. Tensor ranks 0 of the first replica write the shards of their own pipeline stage, holding one
-    shard (`MAX_SHARD_BYTES`) in memory; no weight travels between stages. The folder appears, whole, at the end.
+    Every rank calls it. Tensor ranks 0 of the first replica write the shards of their own pipeline stage,
+    holding one shard (`MAX_SHARD_BYTES`) in memory; no weight travels between stages. The folder appears at
+    the end, whole.
 
     Args:
-        source_hf: the folder the model came from: settings, tokenizer, and its weights' dtypes where `dtype` is None.
+        source_hf: where the model came from: settings, tokenizer, and the weights' dtypes if `dtype` is None.
         output: must not exist, or be empty. Shared by all ranks.
         rope: transformers' `rope_parameters` of the exported model.
         max_position_embeddings: its window in tokens.
@@ -78,7 +79,7 @@ def export(
         recipe_text: written as recipe.yaml.
 
     Raises:
-        UserError: `output` is in use or cannot be written (a full disk), or the source lacks a file; on every rank.
+        UserError: on every rank; `output` is in use or cannot be written, or the source lacks a file.
     """
     source_hf, output = Path(source_hf), Path(output).absolute()
     temporary = output.with_name(f".{output.name}.incomplete")
@@ -234,7 +235,8 @@ def _name_shards(folder: Path, shards: list[Shard]) -> None:
     if len(shards) == 1:
         (folder / shards[0][0]).rename(folder / SINGLE)
         return
-    weight_map, total_bytes = {}, 0
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
     for number, (file, tensors) in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         (folder / file).rename(folder / name)
@@ -248,7 +250,7 @@ def _name_shards(folder: Path, shards: list[Shard]) -> None:
 
 @contextmanager
 def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
-    """A failure on one rank becomes a UserError on every rank, so that none waits for it; nothing half-written stays."""
+    """A failure on one rank becomes a UserError on all, so that none waits; nothing half-written stays."""
     problem = None
     try:
         yield

@@ -37,8 +37,8 @@ def verify(
 ) -> Verification:
     """Compares a whole model in this process (a world of one) with the folder `hf`.
 
-    Tensors are compared in the folder's dtype; logits of one random sequence of `num_tokens` tokens in fp32, for which
-    the stage is converted in place. `architecture` gives the RoPE on the Megatron side, the folder on the other.
+    Tensors are compared in the folder's dtype, logits of one random sequence of `num_tokens` tokens in fp32,
+    to which the stage is converted in place. The stage has its own RoPE, transformers the folder's.
 
     Raises:
         UserError: the folder's weights cannot be read or are of another model.
@@ -67,14 +67,14 @@ def verify(
 
 
 def same_bits(tensor: Tensor, reference: Tensor) -> bool:
-    """Whether `tensor`, in `reference`'s dtype, is the same bit by bit (NaN included, 0 and -0 told apart)."""
+    """Whether `tensor`, in `reference`'s dtype, is the same bit by bit (0 and -0 differ)."""
     bits = _BITS[reference.element_size()]
     return torch.equal(tensor.to(reference.dtype).view(bits), reference.view(bits))
 
 
 @torch.no_grad()
 def stage_logits(stage: Stage, architecture: Architecture, tokens: Tensor) -> Tensor:
-    """Logits [sequences, sequence_length, vocabulary] of a whole model in one stage, which is converted to fp32."""
+    """Logits [sequences, sequence_length, vocabulary] of a whole model in one stage, which becomes fp32."""
     stage = stage.float().eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     hidden, _ = stage(tokens, positions)

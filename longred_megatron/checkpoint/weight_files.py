@@ -26,8 +26,8 @@ class WeightFiles:
     """The tensors of one Hugging Face folder. Opening it reads only the files' headers.
 
     Raises:
-        UserError: no safetensors files, one that the index names is missing, a broken one, or one that lacks a tensor
-            the index says it has.
+        UserError: no safetensors files, one that the index names is missing, a broken one, or one without a
+            tensor the index says it has.
     """
 
     def __init__(self, hf: Path) -> None:
@@ -76,19 +76,20 @@ class WeightFiles:
         other = [f"{name} ({dtype})" for name, dtype in named.items() if dtype not in _DTYPES]
         if other:
             raise UserError(
-                f"{self.hf}: tensors must be fp32, fp16 or bf16, not {_first(other)}; use the model that is not quantised"
+                f"{self.hf}: tensors must be fp32, fp16 or bf16, not {_first(other)}; "
+                "use the model that is not quantised"
             )
         return {name: _DTYPES[dtype] for name, dtype in named.items()}
 
     def check(self, architecture: Architecture) -> None:
-        """Raises UserError unless the tensors are exactly those of `architecture`, in number format and shape too."""
+        """Raises UserError unless the tensors are those of `architecture`, in number format and shape too."""
         expected, found = tensor_shapes(architecture), self.shapes()
         problems = []
         missing = [name for name in expected if name not in found]
         if missing:
             problems.append(
-                f"{self.hf}: {len(missing)} tensors that config.json asks for are missing: {_first(missing)}; "
-                "download the model again, or correct config.json"
+                f"{self.hf}: {len(missing)} tensors that config.json asks for are missing: "
+                f"{_first(missing)}; download the model again, or correct config.json"
             )
         optional = {HEAD} if architecture.tied_embeddings else set()
         extra = [
@@ -96,8 +97,9 @@ class WeightFiles:
         ]
         if extra:
             problems.append(
-                f"{self.hf}: {len(extra)} tensors have no place in a {architecture.family} model of config.json's "
-                f"settings: {_first(extra)}; check config.json (adapters and quantised weights are not supported)"
+                f"{self.hf}: {len(extra)} tensors have no place in a {architecture.family} model with "
+                f"config.json's settings: {_first(extra)}; check config.json (adapters and quantised weights "
+                "are not supported)"
             )
         expected |= dict.fromkeys(optional, expected[EMBEDDING])
         wrong = [

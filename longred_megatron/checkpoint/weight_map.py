@@ -4,7 +4,7 @@ Rows and columns are cut, stacked and put back; no number is ever computed, so b
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -62,8 +62,8 @@ class Columns:
 class Rows:
     """Column-parallel weights and biases: tensors of `rows` rows, stacked group by group.
 
-    A group has an equal share of every tensor's rows. Query, key and value: a group is a key-value head with its
-    query heads. Gate and up (`groups` None): a group is a tensor rank's share.
+    A group has an equal share of every tensor's rows. Query, key and value: a group is a key-value head with
+    its query heads. Gate and up (`groups` None): a group is a tensor rank's share.
     """
 
     rows: tuple[int, ...]
@@ -113,7 +113,7 @@ class Rule:
     """
 
     megatron: tuple[str, ...]
-    huggingface: dict[str, tuple[int, ...]]
+    huggingface: Mapping[str, tuple[int, ...]]
     layout: Layout
 
     def to_megatron(self, sources: Sequence[Source], tp_rank: int, tp_size: int) -> Tensor:
@@ -197,7 +197,7 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
 
 
 def outer_rules(architecture: Architecture) -> list[Rule]:
-    """The parameters outside the layers. A tied head (a copy on the last pipeline stage) reads the embedding."""
+    """The parameters outside the layers. A tied head (a copy on the last stage) reads the embedding."""
     shape = (architecture.vocab_size, architecture.hidden_size)
     rows = PaddedRows(architecture.vocab_size, partial(padded_vocab_size, architecture))
     head = EMBEDDING if architecture.tied_embeddings else HEAD

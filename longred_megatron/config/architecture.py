@@ -105,6 +105,12 @@ def _check_representable(path: Path, config: Any) -> None:
             f"{path}: sliding_window {sliding} limits attention, which this project does not train; "
             "set it to null if the model is meant to attend to its whole window"
         )
+    biases = {key: bool(getattr(config, key, False)) for key in ("attention_bias", "mlp_bias")}
+    if config.model_type != "qwen2" and len(set(biases.values())) > 1:
+        problems.append(
+            f"{path}: {biases} is not supported: Megatron has one switch for the biases of the attention's output "
+            "and of the MLP; set the other to true and add zero biases to the weights"
+        )
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(f"{path}: partial_rotary_factor must be 1")
     if problems:

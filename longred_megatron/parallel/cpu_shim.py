@@ -96,18 +96,28 @@ def install() -> None:
 
     random._get_cuda_rng_state = _get_rng_state
     random._set_cuda_rng_state = _set_rng_state
-    _let_torch_adam_load_its_step()
+    _let_torch_adam_load_its_state()
 
 
-def _let_torch_adam_load_its_step() -> None:
+def _let_torch_adam_load_its_state() -> None:
     """Without apex and Transformer Engine, Megatron uses torch's AdamW, whose state holds a tensor `step` per parameter.
 
-    Megatron 0.19.2 restores it as one tensor that all parameters share, so that every update counts once for each of
-    them, and then looks for it where its reshardable format does not keep it. Both are mended per parameter here.
+    Megatron 0.19.2 asks for that step before the first update has made it, restores it as one tensor that all
+    parameters share, so that every update counts once for each of them, and then looks for it where its reshardable
+    format does not keep it. All three are mended here.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    state_dict = DistributedOptimizer.state_dict
     restore = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def state_dict_of_any_age(self: Any) -> dict[str, Any]:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
+        return state_dict(self)
 
     def restore_with_own_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
@@ -115,4 +125,5 @@ def _let_torch_adam_load_its_step() -> None:
         state["step"] = state["step"].clone()
         restore(self, model_param, {"step": state["step"]} | tensors)
 
+    DistributedOptimizer.state_dict = state_dict_of_any_age
     DistributedOptimizer._set_main_param_and_optimizer_states = restore_with_own_step

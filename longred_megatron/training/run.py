@@ -120,7 +120,7 @@ def train(run: Run) -> None:
                 _save(run, step)
             if signal:
                 raise SystemExit(128 + signal)
-    _export(run)
+    _export(run, first)
 
 
 def _one_step(run: Run, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
@@ -204,12 +204,17 @@ def _save(run: Run, step: int) -> None:
         run_folder.prune_checkpoints(run.recipe.run.dir, run.recipe.training.keep_checkpoints)
 
 
-def _export(run: Run) -> None:
+def _export(run: Run, first: int) -> None:
+    """Writes the model to run.dir/hf. An export of an earlier end of this run, before step `first`, is kept aside."""
     output = run.recipe.run.dir / "hf"
     if output.exists():
+        if first > run.recipe.training.steps:
+            if run.is_main:
+                print(f"all {run.recipe.training.steps} steps are done; the exported model is at {output}")
+            return
         if run.is_main:
-            print(f"the exported model is already at {output}")
-        return
+            output.rename(output.with_name(f"hf-step-{first - 1:06}"))
+        torch.distributed.barrier()  # the world: every rank checks that the name is free
     huggingface.export(
         run.stages,
         run.recipe.model.hf,

@@ -55,7 +55,7 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    """A model of `MODELS` with every parameter random (transformers starts norms at one and biases at zero)."""
+    """A model of `MODELS` with every parameter random: transformers starts norms at one, biases at zero."""
     model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():

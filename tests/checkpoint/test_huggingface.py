@@ -48,7 +48,7 @@ def assert_same_tensors(folder, source):
 
 @pytest.fixture
 def load_silently(caplog):
-    """Loads a folder with transformers and fails on any warning, by logging or by `warnings`, and any odd tensor."""
+    """Loads a folder with transformers; fails on any warning, logged or by `warnings`, and any odd tensor."""
 
     def load_silently(folder):
         caplog.clear()
@@ -331,3 +331,8 @@ def test_source_without_config_is_named(source, tmp_path, groups):
     (gone / "config.json").unlink()
     with pytest.raises(UserError, match=r"gone/config\.json"):
         export_unchanged(stages, architecture, groups, gone, tmp_path / "output")
+
+
+def test_biases_megatron_cannot_hold_are_refused(source, groups):
+    edit_json(source / "config.json", attention_bias=True)
+    assert "one switch" in problem(source, groups)

@@ -1,6 +1,7 @@
-"""Weights through every kind of split at once: tensor, pipeline and virtual pipeline ranks, spawned on gloo."""
+"""Weights through every kind of split at once: tensor, pipeline and virtual pipeline ranks."""
 
 import errno
+import multiprocessing
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def convert(rank: int, folder: Path) -> None:
         architecture = read_architecture(source)
         stages = build_stages(architecture, parallel, Precision(params="fp32"), groups)
         load_weights(stages, source, architecture, groups)
-        unchanged = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
+        unchanged = {
+            "rope": architecture.rope,
+            "max_position_embeddings": architecture.max_position_embeddings,
+        }
         export(stages, source, folder / f"{name}-back", architecture, groups, **unchanged)
         if rank == 2:  # tensor rank 0 of the last stage
             huggingface.save_file = full_disk
@@ -59,13 +63,19 @@ def full_disk(*args, **kwargs):
 def test_tensor_and_pipeline_parallel_there_and_back(tmp_path):
     for name in MODELS:
         write_model(name, tmp_path / name)
-    torch.multiprocessing.spawn(convert, args=(tmp_path,), nprocs=NUM_RANKS)
+    # One clean process does the slow imports, the ranks are forked from it.
+    multiprocessing.set_forkserver_preload(["longred_megatron.checkpoint.huggingface"])
+    torch.multiprocessing.start_processes(
+        convert, args=(tmp_path,), nprocs=NUM_RANKS, start_method="forkserver"
+    )
     for name in MODELS:
         expected = load_file(tmp_path / name / "model.safetensors")
         files = sorted((tmp_path / f"{name}-back").glob("*.safetensors"))
         assert [file.name for file in files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         back = [load_file(file) for file in files]
-        assert back[0].keys().isdisjoint(back[1].keys()) and back[0].keys() | back[1].keys() == expected.keys()
+        assert (
+            back[0].keys().isdisjoint(back[1].keys()) and back[0].keys() | back[1].keys() == expected.keys()
+        )
         for tensor_name, tensor in (back[0] | back[1]).items():
             assert same_bits(tensor, expected[tensor_name]), tensor_name
         assert not list(tmp_path.glob(f"*{name}-full*"))

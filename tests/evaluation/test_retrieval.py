@@ -111,13 +111,12 @@ def test_answered_is_exactly_greedy_decoding(base: CausalModel) -> None:
         tokens = list(right.tokens)
         tokens[place] = (tokens[place] + 1) % 258
         wrong.append(dataclasses.replace(right, tokens=tuple(tokens)))
-    # Answers of several lengths in a batch: only the longer one holds the changed token.
-    longer_only = (
-        dataclasses.replace(wrong[0], num_answer_tokens=6),
-        dataclasses.replace(right, num_answer_tokens=2),
-    )
+    # A shorter answer in the same batch: the model need not predict the filler before it.
+    with torch.no_grad():
+        ending = base.network.generate(torch.tensor([FILLER[:44]]), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
+    shorter = Prompt(tuple(ending[0].tolist()), 2, 0, "", 46, 0.0)
     assert answered(base, [right, *wrong]) == [True] + [False] * 6
-    assert answered(base, longer_only) == [False, True]
+    assert answered(base, [wrong[0], shorter]) == [False, True]
 
 
 def test_lengths_with_no_room_are_left_out_or_refused() -> None:
