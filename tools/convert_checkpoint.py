@@ -61,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"tensors: {found.num_tensors - len(found.different)} of {found.num_tensors} equal bit by bit")
         print(f"logits: differ by at most {found.max_logit_difference:.2e} (largest: {found.max_logit:.2f})")
         problems = [f"{name}: differs" for name in found.different]
-        if not found.max_logit_difference <= LOGIT_TOLERANCE * max(
-            1.0, found.max_logit
-        ):  # NaN is a difference
+        if not found.max_logit_difference <= LOGIT_TOLERANCE * max(1.0, found.max_logit):  # NaN is a difference
             problems.append(
                 f"logits differ by more than {LOGIT_TOLERANCE}: check rope and norm settings in config.json"
             )

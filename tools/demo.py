@@ -3,8 +3,9 @@
 
     make demo
 
-Converts tests/assets/tiny_base, prepares texts of this machine's Python, extends the model by LongReD-C and by Long CPT
-on equally many long-text tokens, exports both and compares them with the original. What is there already is not made again.
+Converts tests/assets/tiny_base, prepares texts of this machine's Python, extends the model by LongReD-C and by Long
+CPT on equally many long-text tokens, exports both and compares them with the original. What is there already is not
+made again.
 """
 
 import subprocess
@@ -28,7 +29,15 @@ SEED = 2024
 def main() -> None:
     started = time.perf_counter()
     _say(1, "check that the base model converts to Megatron and back")
-    _run("tools/convert_checkpoint.py", "hf-to-megatron", "--hf", BASE, "--output", DEMO / "megatron", made=DEMO / "megatron")
+    _run(
+        "tools/convert_checkpoint.py",
+        "hf-to-megatron",
+        "--hf",
+        BASE,
+        "--output",
+        DEMO / "megatron",
+        made=DEMO / "megatron",
+    )
     _run("tools/convert_checkpoint.py", "verify", "--hf", BASE, "--checkpoint", DEMO / "megatron")
     _say(2, "prepare texts of the Python standard library")
     texts = {name: DEMO / "texts" / f"{name}.jsonl" for name in TRAINING_SETS + HELD_OUT_SETS}
@@ -37,16 +46,19 @@ def main() -> None:
         prefix = DEMO / "data" / name
         if not prefix.with_suffix(".idx").exists():
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            print(f"{name}: {prepare([texts[name]], BASE, prefix).num_tokens:,} tokens")
+            print(f"{name}: {prepare([texts[name]], BASE / 'tokenizer.model', prefix).tokens:,} tokens")
     _say(3, "extend the window by Long CPT: cross-entropy on long texts")
     _run("-m", "longred_megatron.train", "recipes/tiny_long_cpt.yaml")
-    _say(4, "extend the window by LongReD-C: the same long texts, and what the original model does on short ones")
+    _say(
+        4,
+        "extend the window by LongReD-C: the same long texts, and what the original model does on short ones",
+    )
     _run("-m", "longred_megatron.train", "recipes/tiny_longred_c.yaml")
     _say(5, "compare")
     report = evaluate(
         [BASE, RUNS / "tiny_long_cpt/hf", RUNS / "tiny_longred_c/hf"],
         DEMO / "report",
-        settings=Settings(short_text=[texts["held_out_short"]], long_text=[texts["held_out_long"]]),
+        settings=Settings(short_texts=[texts["held_out_short"]], long_texts=[texts["held_out_long"]]),
         names=("original", "Long CPT", "LongReD-C"),
         command="make demo",
     )
@@ -66,7 +78,9 @@ def _run(*arguments: object, made: Path | None = None) -> None:
         return
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
     if done.returncode:
-        raise UserError(f"`{' '.join(map(str, arguments))}` failed with exit code {done.returncode}; its message is above")
+        raise UserError(
+            f"`{' '.join(map(str, arguments))}` failed with exit code {done.returncode}; its message is above"
+        )
 
 
 if __name__ == "__main__":

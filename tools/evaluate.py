@@ -55,9 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     models.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
     texts = parser.add_argument_group("texts and windows")
-    texts.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements"
-    )
+    texts.add_argument("--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements")
     texts.add_argument(
         "--short-text",
         nargs="+",

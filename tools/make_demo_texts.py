@@ -14,12 +14,8 @@ from longred_megatron.errors import run_cli
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder for SET.jsonl, one {'text': ...} a line"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for SET.jsonl, one {'text': ...} a line")
     parser.add_argument(
         "--sets",
         nargs="+",
@@ -45,9 +41,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    for path, num_texts in write_sets(
-        arguments.output, arguments.sets, arguments.seed, arguments.share
-    ).items():
+    for path, num_texts in write_sets(arguments.output, arguments.sets, arguments.seed, arguments.share).items():
         print(f"{path}: {num_texts:,} texts, {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -46,9 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument(
-        "--gguf", type=Path, metavar="FILE", help=f"the GGUF file, instead of the one in {PACKAGE}"
-    )
+    parser.add_argument("--gguf", type=Path, metavar="FILE", help=f"the GGUF file, instead of the one in {PACKAGE}")
     parser.add_argument(
         "--window",
         type=int,
@@ -63,9 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     output: Path = options.output
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UserError(
-            f"{output}: exists and is not empty; choose another --output folder or remove this one"
-        )
+        raise UserError(f"{output}: exists and is not empty; choose another --output folder or remove this one")
     if options.gguf is not None and not options.gguf.is_file():
         raise UserError(f"{options.gguf}: no such file; give --gguf an existing file, or leave it out")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +128,7 @@ def check(hf: Path) -> str:
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers shows one whatever stderr is
     sample = try_model(hf, PROMPT, SENTENCE)
-    found = (
-        f"{PROMPT!r} goes on {sample.continuation!r}; perplexity of a plain sentence: {sample.perplexity:.1f}"
-    )
+    found = f"{PROMPT!r} goes on {sample.continuation!r}; perplexity of a plain sentence: {sample.perplexity:.1f}"
     if ANSWER not in sample.continuation or not sample.perplexity <= MAX_PERPLEXITY:
         raise UserError(
             f"the converted model does not work: {found}; expected {ANSWER!r} and at most "

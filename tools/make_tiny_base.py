@@ -3,9 +3,10 @@
 
     make tiny-base
 
-Random weights, then the recipes tiny_base_1.yaml ... in order, each starting from the export of the one before: a small
-model learns to copy only if it begins with dense repetition at a short length. Everything goes to build/tiny_base; the last
-export's weights replace those in tests/assets/tiny_base, whose config and tokenizer are the input.
+Random weights, then the recipes tiny_base_1.yaml ... in order, each starting from the export of the one before: a
+small model learns to copy only if it begins with dense repetition at a short length. Everything goes to
+build/tiny_base; the last export's weights replace those in tests/assets/tiny_base, whose config and tokenizer are the
+input.
 """
 
 import math
@@ -53,7 +54,9 @@ def main() -> None:
     for recipe in sorted((ROOT / "recipes").glob("tiny_base_*.yaml")):
         print(f"\n{recipe.name}", flush=True)
         if subprocess.run([sys.executable, "-m", "longred_megatron.train", recipe], cwd=ROOT).returncode:
-            raise UserError(f"{recipe} did not finish; its message is above; the same command goes on from its checkpoint")
+            raise UserError(
+                f"{recipe} did not finish; its message is above; the same command goes on from its checkpoint"
+            )
     last = max(BUILD.glob("stage_*/hf"))
     shutil.copy(last / "model.safetensors", ASSET / "model.safetensors")
     print(f"{ASSET / 'model.safetensors'}: written")

@@ -14,9 +14,7 @@ from longred_megatron.errors import run_cli
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line `arguments` (those of the process, if None) and prints counts and lengths."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", type=Path, required=True, metavar="PATH",
         help=".txt (one document a file), .jsonl (one a line), .parquet (one a row), or folders of them, "

@@ -20,9 +20,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.model.stage import Stage, build_stages
 from longred_megatron.parallel.groups import destroy, initialize
 
-HF_SOURCE = (
-    "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
-)
+HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
 RECIPE = "recipe.yaml"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -52,9 +50,7 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
         unfinished.rename(output)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"{output}: the checkpoint could not be written ({error}); nothing was written"
-        ) from None
+        raise UserError(f"{output}: the checkpoint could not be written ({error}); nothing was written") from None
 
 
 def megatron_to_hf(checkpoint: Path, output: Path) -> None:

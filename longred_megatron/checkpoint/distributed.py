@@ -20,10 +20,21 @@ from longred_megatron.model.stage import Stage
 
 # The optimizer state as whole tensors, one per parameter: loads under any tensor, pipeline and data-parallel sizes.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-# What a torch_dist index is made of. It is a pickle, and a pickle may call any function it names: only these are let in.
+# What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
 _INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
 _INDEX_NAMES = {
-    "torch": {"Size", "device", "bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "bool"},
+    "torch": {
+        "Size",
+        "device",
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+        "int32",
+        "int64",
+        "uint8",
+        "bool",
+    },
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},
@@ -78,7 +89,13 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
     state = _sharded_state(stages, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(path))
-    except (OSError, RuntimeError, ValueError, KeyError, dist_checkpointing.core.CheckpointingException) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        dist_checkpointing.core.CheckpointingException,
+    ) as error:
         raise UserError(f"{path}: the checkpoint cannot be loaded ({error})") from error
     for i, stage in enumerate(stages):
         stage.load_state_dict(loaded[f"model{i}"])
@@ -95,12 +112,10 @@ def read_description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of this project (checkpoint.json: {error})") from None
 
 
-def _sharded_state(
-    stages: Sequence[Stage], optimizer: MegatronOptimizer | None, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {f"model{i}": s.sharded_state_dict() for i, s in enumerate(stages)}
     if optimizer is not None:
-        model = state["model0"] if len(stages) == 1 else {k: v for k, v in state.items()}
+        model = state["model0"] if len(stages) == 1 else dict(state.items())
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return state
 

@@ -96,9 +96,7 @@ def _save_tokenizer(gguf_file: Path, output: Path, window: int) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True
-    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
     tokenizer.model_max_length = window
     rule = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     if rule and rule.contents() == "smollm":
@@ -124,8 +122,7 @@ def _weights(gguf_file: Path, tensors: dict[str, Any], config: Any) -> dict[str,
 
     with torch.device("meta"):
         shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
+            name: tuple(tensor.shape) for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()
         }
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]

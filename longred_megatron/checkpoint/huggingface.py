@@ -33,9 +33,7 @@ MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
 Shard = tuple[str, dict[str, int]]  # file name, {tensor name: bytes}
 
 
-def load_weights(
-    stages: Sequence[Stage], hf: Path, architecture: Architecture, groups: ProcessGroupCollection
-) -> None:
+def load_weights(stages: Sequence[Stage], hf: Path, architecture: Architecture, groups: ProcessGroupCollection) -> None:
     """Reads this rank's part of the weights in `hf`, tensor by tensor, into the parameters and their dtype.
 
     No communication: every rank opens the files and reads only the slices it holds.
@@ -133,9 +131,7 @@ def check_free(output: Path) -> None:
 
 def _parameters(stages: Sequence[Stage], architecture: Architecture) -> list[tuple[Tensor, Rule]]:
     return [
-        (stage.get_parameter(name), rule)
-        for stage in stages
-        for name, rule in stage_rules(stage, architecture).items()
+        (stage.get_parameter(name), rule) for stage in stages for name, rule in stage_rules(stage, architecture).items()
     ]
 
 
@@ -148,9 +144,7 @@ def _read(files: WeightFiles, rule: Rule, groups: ProcessGroupCollection) -> Ten
     return rule.to_megatron([files[name] for name in rule.huggingface], groups.tp.rank(), groups.tp.size())
 
 
-def _check_tied_head(
-    files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection
-) -> None:
+def _check_tied_head(files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection) -> None:
     head = rule.to_megatron([files[HEAD]], groups.tp.rank(), groups.tp.size())
     if not torch.equal(head, embedding):
         raise UserError(
@@ -268,9 +262,7 @@ def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
 
 
 def _sentence(error: OSError | SafetensorError, output: Path) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(
-        error
-    )  # 28: ENOSPC, from safetensors
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
     if full:
         return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
     return f"{output}: the model could not be written ({error}); nothing was written"

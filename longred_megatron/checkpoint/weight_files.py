@@ -52,9 +52,7 @@ class WeightFiles:
             raise
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stack.close()
 
     def __contains__(self, name: str) -> bool:
@@ -70,9 +68,7 @@ class WeightFiles:
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Tensor name -> dtype. Raises UserError for anything but fp32, fp16 and bf16."""
-        named = {
-            name: self[name].get_dtype() for name in self._files if not name.endswith(_HARMLESS_SUFFIXES)
-        }
+        named = {name: self[name].get_dtype() for name in self._files if not name.endswith(_HARMLESS_SUFFIXES)}
         other = [f"{name} ({dtype})" for name, dtype in named.items() if dtype not in _DTYPES]
         if other:
             raise UserError(
@@ -92,9 +88,7 @@ class WeightFiles:
                 f"{_first(missing)}; download the model again, or correct config.json"
             )
         optional = {HEAD} if architecture.tied_embeddings else set()
-        extra = [
-            n for n in found if n not in expected.keys() | optional and not n.endswith(_HARMLESS_SUFFIXES)
-        ]
+        extra = [n for n in found if n not in expected.keys() | optional and not n.endswith(_HARMLESS_SUFFIXES)]
         if extra:
             problems.append(
                 f"{self.hf}: {len(extra)} tensors have no place in a {architecture.family} model with "
@@ -133,16 +127,10 @@ def _listed_tensors(hf: Path) -> dict[str, str]:
         try:
             return dict(json.loads(index.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{index}: not an index of safetensors files ({error!r}); download it again"
-            ) from None
+            raise UserError(f"{index}: not an index of safetensors files ({error!r}); download it again") from None
     if hf.is_dir() and any(path.suffix in PICKLES for path in hf.iterdir()):
-        raise UserError(
-            f"{hf}: holds only pickled weights (*.bin); convert to safetensors; pickles are never loaded"
-        )
-    raise UserError(
-        f"{hf}: neither {SINGLE} nor {INDEX} is there; `hf` must be a folder with a model's weights"
-    )
+        raise UserError(f"{hf}: holds only pickled weights (*.bin); convert to safetensors; pickles are never loaded")
+    raise UserError(f"{hf}: neither {SINGLE} nor {INDEX} is there; `hf` must be a folder with a model's weights")
 
 
 def _first(names: list[str]) -> str:

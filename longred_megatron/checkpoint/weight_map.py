@@ -81,9 +81,7 @@ class Rows:
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         groups = self.groups or len(shards)
         stacked = torch.cat(list(shards))
-        parts = stacked.view(groups, -1, *stacked.shape[1:]).split(
-            [rows // groups for rows in self.rows], dim=1
-        )
+        parts = stacked.view(groups, -1, *stacked.shape[1:]).split([rows // groups for rows in self.rows], dim=1)
         return [part.reshape(-1, *stacked.shape[1:]) for part in parts]
 
 
@@ -187,12 +185,8 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
         rules.append(Rule(("mlp.linear_fc1.bias",), biases, gate_up))
         rules.append(replicated(("mlp.linear_fc2.bias",), "mlp.down_proj.bias", hidden))
     if a.qk_norm:
-        rules.append(
-            replicated(("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", a.head_dim)
-        )
-        rules.append(
-            replicated(("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", a.head_dim)
-        )
+        rules.append(replicated(("self_attention.q_layernorm.weight",), "self_attn.q_norm.weight", a.head_dim))
+        rules.append(replicated(("self_attention.k_layernorm.weight",), "self_attn.k_norm.weight", a.head_dim))
     return rules
 
 

@@ -82,9 +82,7 @@ def _rope_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
         yield from _interpolation_problems(recipe, rope, architecture)
 
 
-def _interpolation_problems(
-    recipe: Recipe, rope: PiRope | YarnRope, architecture: Architecture
-) -> Iterator[str]:
+def _interpolation_problems(recipe: Recipe, rope: PiRope | YarnRope, architecture: Architecture) -> Iterator[str]:
     rope_type = architecture.rope.get("rope_type", "default")
     if rope_type != "default":
         yield (
@@ -181,8 +179,7 @@ def _data_problems(recipe: Recipe) -> Iterator[str]:
     for name in recipe.data:
         if name not in used:
             yield (
-                f"`data.{name}` has no effect: no objective uses it; remove it (data.{name}: null if it is "
-                "inherited)"
+                f"`data.{name}` has no effect: no objective uses it; remove it (data.{name}: null if it is inherited)"
             )
 
 
@@ -285,10 +282,7 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[str]:
             "or use cosine or linear"
         )
     if optimizer.min_lr > optimizer.lr:
-        yield (
-            f"`optimizer.min_lr` is {optimizer.min_lr:g}: greater than `optimizer.lr` {optimizer.lr:g}; "
-            "lower it"
-        )
+        yield (f"`optimizer.min_lr` is {optimizer.min_lr:g}: greater than `optimizer.lr` {optimizer.lr:g}; lower it")
 
 
 def _precision_problems(recipe: Recipe, gpu: bool | None) -> Iterator[str]:

@@ -76,9 +76,7 @@ def _read_file(path: Path, found: list[str], named_by: Path | None) -> dict[str,
     found += [f"{where}: {duplicate}" for duplicate in duplicates]
     if not isinstance(values, dict):
         kind = "empty" if values is None else f"a {type(values).__name__}"
-        raise UserError(
-            f"{where}: a recipe is a mapping of sections (model:, step:, ...), this file is {kind}"
-        )
+        raise UserError(f"{where}: a recipe is a mapping of sections (model:, step:, ...), this file is {kind}")
     return values
 
 
@@ -125,9 +123,7 @@ def _merge(base: dict[str, Any], child: dict[str, Any], keys: tuple[str, ...] = 
         where = (*keys, name)
         if value is None and name in base and _is_removable(where):
             del merged[name]
-        elif (
-            isinstance(value, dict) and isinstance(inherited, dict) and not _is_whole(where, inherited, value)
-        ):
+        elif isinstance(value, dict) and isinstance(inherited, dict) and not _is_whole(where, inherited, value):
             merged[name] = _merge(inherited, value, where)
         else:
             merged[name] = value

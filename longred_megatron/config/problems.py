@@ -69,11 +69,7 @@ def _sentence(details: dict[str, Any]) -> str:
     if kind == "missing":
         return f"`{path}` is missing: add it{reason}"
     if value is None:
-        advice = (
-            "give it a value"
-            if field is None or field.is_required()
-            else "give it a value or leave the key out"
-        )
+        advice = "give it a value" if field is None or field.is_required() else "give it a value or leave the key out"
         return f"`{path}` is null, which is not allowed here: {advice}{reason}"
     rule = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else details["msg"]
     if isinstance(value, Mapping) and kind == "value_error":

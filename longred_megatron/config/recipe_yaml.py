@@ -64,9 +64,7 @@ def parse(text: str) -> tuple[Any, list[str]]:
 
 def dump(values: dict[str, Any]) -> str:
     """YAML in the order of `values`, innermost lists and mappings on one line."""
-    return yaml.dump(
-        values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110
-    )
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)
 
 
 def explain(error: yaml.YAMLError) -> str:

@@ -52,9 +52,7 @@ class YarnRope(Settings):
     factor: Annotated[float, Field(gt=1)] | None = Field(
         None, description="interpolation of the slow frequencies; left out: target window / original window"
     )
-    beta_fast: PositiveFloat = Field(
-        32.0, description="turns in the original window above which a frequency is kept"
-    )
+    beta_fast: PositiveFloat = Field(32.0, description="turns in the original window above which a frequency is kept")
     beta_slow: PositiveFloat = Field(
         1.0, description="turns in the original window below which a frequency is fully interpolated"
     )
@@ -157,9 +155,7 @@ class Objectives(Settings):
 
     long_text: LongText | None = Field(None, description="cross-entropy on long texts")
     short_to_long: ShortToLong | None = Field(None, description="distillation at skipped positions")
-    short_restoration: ShortRestoration | None = Field(
-        None, description="distillation of layers on short texts"
-    )
+    short_restoration: ShortRestoration | None = Field(None, description="distillation of layers on short texts")
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:
@@ -211,9 +207,7 @@ class Optimizer(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after warm-up; LongReD: constant"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps of linear warm-up from 0; LongReD: none"
-    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0; LongReD: none")
     min_lr: Annotated[float, Field(ge=0)] = Field(
         0.0, description="learning rate at the last step of cosine and linear"
     )
@@ -224,9 +218,7 @@ class Optimizer(Settings):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = Field((0.9, 0.95), description="Adam's two decay rates; defaults as in LongReD")
     eps: PositiveFloat = Field(1e-8, description="Adam's epsilon; default as in LongReD")
-    clip_grad: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="largest global gradient norm; 0: no clipping"
-    )
+    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
 
 
 class Training(Settings):

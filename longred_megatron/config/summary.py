@@ -54,9 +54,7 @@ def startup_summary(
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def expected_memory(
-    recipe: Recipe, architecture: Architecture, teacher: Architecture, world_size: int
-) -> Memory:
+def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Architecture, world_size: int) -> Memory:
     """Bytes on the fullest rank: the maximum over stages of each part, so the total is an upper estimate.
 
     tp, pp, cp, dp: degrees of parallelism. T: tokens of a micro-batch. h: hidden size. b: bytes of a number.
@@ -112,9 +110,7 @@ def _token_lines(recipe: Recipe) -> list[tuple[str, str]]:
     for name, settings in recipe.objectives.items():
         count = settings.microbatches * tokens
         sequences = count // settings.sequence_length
-        lines.append(
-            (f"  {name}", f"{count:,} ({count / total:.1%}): {sequences:,} x {settings.sequence_length:,}")
-        )
+        lines.append((f"  {name}", f"{count:,} ({count / total:.1%}): {sequences:,} x {settings.sequence_length:,}"))
     lines.append(("tokens in all", f"{total * steps:,} = {steps:,} steps x {total:,}"))
     return lines
 
@@ -124,9 +120,7 @@ def _loss_line(recipe: Recipe) -> tuple[str, str]:
     terms = []
     for name, settings in recipe.objectives.items():
         layers = f" (sum of {len(settings.layers)} layers)" if isinstance(settings, ShortRestoration) else ""
-        terms.append(
-            f"{settings.weight * settings.microbatches / recipe.num_microbatches:.4g} {name}{layers}"
-        )
+        terms.append(f"{settings.weight * settings.microbatches / recipe.num_microbatches:.4g} {name}{layers}")
     return ("step loss", " + ".join(terms) + f"   (weight x micro-batches / {recipe.num_microbatches})")
 
 
@@ -191,9 +185,7 @@ def _deepest_layer(recipe: Recipe, teacher: Architecture) -> int:
     return 0 if restoration is None else max(restoration.layers)
 
 
-def _stage_parameters(
-    recipe: Recipe, architecture: Architecture, num_layers: int, *, with_head: bool
-) -> float:
+def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, *, with_head: bool) -> float:
     """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they "
     "are."""
     if num_layers == 0:
@@ -201,9 +193,7 @@ def _stage_parameters(
     parallel = recipe.parallel
     embedding = architecture.vocab_size * architecture.hidden_size
     ends = 1 if architecture.tied_embeddings else 2
-    layer = (
-        architecture.num_parameters() - ends * embedding - architecture.hidden_size
-    ) / architecture.num_layers
+    layer = (architecture.num_parameters() - ends * embedding - architecture.hidden_size) / architecture.num_layers
     counts = [sum(number <= num_layers for number in stage) for stage in _stages(recipe, architecture)]
     # With one stage the embedding and an untied head share a rank.
     tables = ends if parallel.pipeline == 1 and with_head else 1
@@ -224,9 +214,7 @@ def _stages(recipe: Recipe, architecture: Architecture) -> list[list[int]]:
 def _rank_tokens(recipe: Recipe) -> float:
     """Tokens of a micro-batch whose hidden states one rank keeps."""
     parallel = recipe.parallel
-    return (
-        recipe.step.tokens_per_microbatch / parallel.context / (parallel.tensor if parallel.sequence else 1)
-    )
+    return recipe.step.tokens_per_microbatch / parallel.context / (parallel.tensor if parallel.sequence else 1)
 
 
 def _target_elements(recipe: Recipe, teacher: Architecture, replicas: int) -> float:

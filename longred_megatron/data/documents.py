@@ -33,9 +33,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
         elif not path.exists():
             problems.append(f"input {path} does not exist")
         elif path.suffix not in SUFFIXES:
-            problems.append(
-                f"input {path}: its suffix is none of {', '.join(SUFFIXES)}; convert or rename it"
-            )
+            problems.append(f"input {path}: its suffix is none of {', '.join(SUFFIXES)}; convert or rename it")
         else:
             files.append(path)
     seen: set[Path] = set()
@@ -66,9 +64,7 @@ def _read_text(file: Path, _text_key: str) -> Iterator[Document]:
     try:
         yield Document(content.decode("utf-8-sig"), len(content))
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
+        raise UserError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8") from error
 
 
 def _read_lines(file: Path, text_key: str) -> Iterator[Document]:
@@ -84,13 +80,9 @@ def _text_of_line(line: bytes, where: str, text_key: str) -> str:
     except ValueError as error:  # malformed JSON, or not UTF-8
         raise UserError(f"{where}: not a line of JSON ({error}); mend or remove the line") from error
     if not isinstance(row, dict):
-        raise UserError(
-            f'{where}: a {type(row).__name__}; each line must be an object such as {{"{text_key}": "..."}}'
-        )
+        raise UserError(f'{where}: a {type(row).__name__}; each line must be an object such as {{"{text_key}": "..."}}')
     if text_key not in row:
-        raise UserError(
-            f"{where}: no key {text_key!r} among {sorted(row)}; name the text's key with --text-key"
-        )
+        raise UserError(f"{where}: no key {text_key!r} among {sorted(row)}; name the text's key with --text-key")
     return _checked_text(row[text_key], where, text_key)
 
 
@@ -98,9 +90,7 @@ def _checked_text(text: object, where: str, text_key: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: {text_key!r} is {type(text).__name__}, not a text; mend or remove it")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(
-            f"{where}: {text_key!r} holds half a surrogate pair, which is no character; mend or remove it"
-        )
+        raise UserError(f"{where}: {text_key!r} holds half a surrogate pair, which is no character; mend or remove it")
     return text
 
 
@@ -114,9 +104,7 @@ def _read_rows(file: Path, text_key: str) -> Iterator[Document]:
         raise UserError(f"{file}: not a parquet file ({error}); write it again") from error
     columns = table.schema_arrow.names
     if text_key not in columns:
-        raise UserError(
-            f"{file}: no column {text_key!r} among {columns}; name the text's column with --text-key"
-        )
+        raise UserError(f"{file}: no column {text_key!r} among {columns}; name the text's column with --text-key")
     bytes_per_row = file.stat().st_size // max(1, table.metadata.num_rows)
     number = 0
     for batch in table.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=[text_key]):

@@ -128,8 +128,6 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:05d}.dp-{replica}.safetensors"
     partial = path.with_suffix(".partial")
-    save_file(
-        tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])}
-    )
+    save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
     os.replace(partial, path)
     return path

@@ -67,8 +67,7 @@ class PrepareReport:
             f"{'length up to':>14} {'documents':>14} {'tokens':>18} {'share':>7}",
         ]
         lines += [
-            f"{each.up_to_tokens:>14,} {each.documents:>14,} {each.tokens:>18,} "
-            f"{each.tokens / self.tokens:>7.1%}"
+            f"{each.up_to_tokens:>14,} {each.documents:>14,} {each.tokens:>18,} {each.tokens / self.tokens:>7.1%}"
             for each in self.lengths
         ]
         return "\n".join(lines)
@@ -143,9 +142,7 @@ def _check_settings(output_prefix: Path, min_tokens: int, workers: int, overwrit
         for name, value in (("--min-tokens", min_tokens), ("--workers", workers))
         if value < 1
     ]
-    existing = [
-        f"{output_prefix}{suffix}" for suffix in OUTPUT_SUFFIXES if Path(f"{output_prefix}{suffix}").exists()
-    ]
+    existing = [f"{output_prefix}{suffix}" for suffix in OUTPUT_SUFFIXES if Path(f"{output_prefix}{suffix}").exists()]
     if existing and not overwrite:
         problems.append(
             f"{', '.join(existing)}: already there; choose another --output, or replace them with --overwrite"
@@ -198,8 +195,7 @@ def _encoded_by_workers(
             yield future.result(), num_bytes
     except BrokenProcessPool as error:
         raise UserError(
-            f"one of {workers} tokenizing processes was ended, most likely for want of memory; "
-            "lower --workers"
+            f"one of {workers} tokenizing processes was ended, most likely for want of memory; lower --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

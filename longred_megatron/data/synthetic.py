@@ -178,9 +178,7 @@ def write_sets(folder: Path, names: Iterable[str], seed: int, share: float = 1.0
     paths = {name: folder / f"{name}.jsonl" for name in names}
     known = ", ".join(SETS)
     problems = [f"set {name!r} is unknown: choose from {known}" for name in paths if name not in SETS]
-    problems += [
-        f"{path} is there already: choose another folder" for path in paths.values() if path.exists()
-    ]
+    problems += [f"{path} is there already: choose another folder" for path in paths.values() if path.exists()]
     if share <= 0:
         problems.append(f"share is {share}: it must be above 0")
     if problems:

@@ -43,9 +43,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if path.is_file() and path.suffix == ".model":
         return SentencePieceTokenizer(path)
     found = "is another kind of file" if path.exists() else "does not exist"
-    raise UserError(
-        f"tokenizer {path} {found}; give a Hugging Face model's folder or a sentencepiece .model file"
-    )
+    raise UserError(f"tokenizer {path} {found}; give a Hugging Face model's folder or a sentencepiece .model file")
 
 
 def file_digests(path: Path) -> dict[str, str]:

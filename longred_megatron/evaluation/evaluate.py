@@ -85,9 +85,7 @@ class Settings:
             value = getattr(self, key)
             if value is not None and value < 2:
                 found.append(f"{flag} {value}: must be at least 2 tokens")
-        return found + [
-            f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1
-        ]
+        return found + [f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1]
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,7 @@ def evaluate(
     started = time.perf_counter()
     settings = settings or Settings()
     facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
-    reference_index = (
-        0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
-    )
+    reference_index = 0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
     report.check_output(output)
     original, extended = _windows(facts, facts[reference_index], settings)
     device = resolve_device(settings.device)
@@ -138,9 +134,7 @@ def evaluate(
                 encoder, short_source, long_source, original, extended, lengths, settings
             )
 
-    base = load_model(
-        facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype
-    )
+    base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
     results = []
     for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
         model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
@@ -193,21 +187,15 @@ def build_corpus(
         )
         left_out = sorted(set(lengths) - {prompt.length for prompt in of_task})
         if left_out:
-            notes.append(
-                f"{task}: left out at {_list(left_out)} tokens, no room for {num_keys} keys and the question"
-            )
+            notes.append(f"{task}: left out at {_list(left_out)} tokens, no room for {num_keys} keys and the question")
         prompts[task] = (num_keys, of_task)
     for kind, windows in (("short", short), ("long", long)):
         if windows.num_joined:
-            notes.append(
-                f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents"
-            )
+            notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
     return Corpus(short, long, prompts, tuple(notes))
 
 
-def measure_model(
-    model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int
-) -> ModelReport:
+def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int) -> ModelReport:
     """All measurements of one model; `reference` may be the model itself, which then has no similarity."""
     notes = list(corpus.notes)
     similarity = None
@@ -251,11 +239,7 @@ def _facts_and_names(
         problems.append("--name: a name is given twice; names must differ")
     if len({model.resolve() for model in models}) != len(models):
         problems.append("--hf: a folder is given twice; name each model once")
-    extra = (
-        []
-        if reference is None or reference.resolve() in {model.resolve() for model in models}
-        else [reference]
-    )
+    extra = [] if reference is None or reference.resolve() in {model.resolve() for model in models} else [reference]
     facts = []
     for path in extra + models:
         try:
@@ -301,10 +285,7 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
 
 def _plain(settings: Settings) -> dict[str, object]:
     values = dataclasses.asdict(settings)
-    return {
-        key: [str(item) for item in value] if isinstance(value, tuple) else value
-        for key, value in values.items()
-    }
+    return {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _versions(device: torch.device) -> dict[str, str]:

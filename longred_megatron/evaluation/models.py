@@ -81,9 +81,7 @@ def read_facts(path: Path) -> ModelFacts:
     text_config = config.get_text_config()
     window = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(window, int):
-        raise UserError(
-            f"{path}/config.json: max_position_embeddings is missing; state the model's window there"
-        )
+        raise UserError(f"{path}/config.json: max_position_embeddings is missing; state the model's window there")
     return ModelFacts(
         path=path,
         family=config.model_type,
@@ -147,6 +145,4 @@ def head_is_plain(network: nn.Module, device: torch.device) -> bool:
         return False
     logits = network(input_ids=probe, use_cache=False).logits
     from_head = head(states)
-    return from_head.shape == logits.shape and torch.allclose(
-        from_head.float(), logits.float(), rtol=1e-3, atol=1e-3
-    )
+    return from_head.shape == logits.shape and torch.allclose(from_head.float(), logits.float(), rtol=1e-3, atol=1e-3)

@@ -91,9 +91,7 @@ def render(report: Report) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Evaluation: {escape(', '.join(model.name for model in report.models))}</title>\n"
-        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(parts)
-        + "\n</main>\n</body>\n</html>\n"
+        f"<style>{CSS}</style>\n</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -128,9 +126,7 @@ def _finding(model: ModelReport, reference: ModelReport) -> str:
         ("long", reference.long, model.long),
         ("short", reference.short, model.short),
     ):
-        parts.append(
-            f"{kind}-text perplexity {number(theirs_loss.perplexity)} → {number(ours_loss.perplexity)}"
-        )
+        parts.append(f"{kind}-text perplexity {number(theirs_loss.perplexity)} → {number(ours_loss.perplexity)}")
     change = percent_change(model.short.perplexity, reference.short.perplexity)
     return f"{'; '.join(parts)} ({change})."
 
@@ -194,22 +190,16 @@ def _settings(report: Report) -> str:
         rows.append(
             (
                 model.name,
-                escape(
-                    f"{model.path} ({model.family}, {model.num_parameters:,} parameters, RoPE {model.rope})"
-                ),
+                escape(f"{model.path} ({model.family}, {model.num_parameters:,} parameters, RoPE {model.rope})"),
             )
         )
-    rows += [
-        (key, escape(_setting(value))) for key, value in report.settings.items() if value not in (None, [])
-    ]
+    rows += [(key, escape(_setting(value))) for key, value in report.settings.items() if value not in (None, [])]
     rows += [(key, escape(value)) for key, value in report.versions.items()]
     rows.append(("time", f"{report.seconds:.0f} seconds"))
     if report.command:
         rows.append(("command", f"<pre>{escape(report.command)}</pre>"))
     return (
-        "<dl>"
-        + "".join(f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{value}</dd>" for key, value in rows)
-        + "</dl>"
+        "<dl>" + "".join(f"<dt>{escape(key.replace('_', ' '))}</dt><dd>{value}</dd>" for key, value in rows) + "</dl>"
     )
 
 

@@ -54,9 +54,7 @@ def token_losses(model: CausalModel, tokens: Tensor, chunk_tokens: int = CHUNK_T
     return torch.cat(losses).view(tokens.shape[0], -1).cpu()
 
 
-def loss_by_position(
-    model: CausalModel, windows: Windows, tokens_per_batch: int, label: str
-) -> LossByPosition:
+def loss_by_position(model: CausalModel, windows: Windows, tokens_per_batch: int, label: str) -> LossByPosition:
     """Measures `windows`, as many rows at a time as fit in `tokens_per_batch` (at least one). `label` names
     the progress bar."""
     num_windows, window = windows.tokens.shape

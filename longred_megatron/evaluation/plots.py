@@ -144,9 +144,7 @@ def _draw_heat(axes: Axes, result: Retrieval) -> None:
                 color=colour,
                 fontsize=9.5,
             )
-    axes.set_xticks(
-        [index + 0.5 for index in range(len(result.lengths))], [f"{length:,}" for length in result.lengths]
-    )
+    axes.set_xticks([index + 0.5 for index in range(len(result.lengths))], [f"{length:,}" for length in result.lengths])
     axes.set_yticks(
         [index + 0.5 for index in range(len(result.depths))],
         [f"{100 * depth:.0f} %" for depth in result.depths],

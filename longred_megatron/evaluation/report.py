@@ -55,9 +55,7 @@ class Report:
 
     def to_json(self) -> str:
         """Every number, with `kind` to know the file by. A number that is not finite becomes null."""
-        return (
-            json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
-        )
+        return json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,7 @@ def summary(report: Report) -> list[Column]:
                 f"Share of prompts of {result.lengths[-1]:,} tokens answered in full, over all depths"
                 + (f", with {result.num_keys} keys in the prompt" if result.num_keys > 1 else "")
                 + "; higher is better.",
-                _each(
-                    report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))
-                ),
+                _each(report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))),
             )
         )
     columns.append(
@@ -131,8 +127,7 @@ def format_table(report: Report) -> str:
     lines = []
     for row in rows:
         first, *others = (
-            text.ljust(w) if i == 0 else text.rjust(w)
-            for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join([first, *others]))
     lines.insert(1, "  ".join("-" * width for width in widths))

@@ -93,8 +93,7 @@ def build_prompt(
     # Keys and question open a line of their own wherever the filler is cut, so each brings the newline before
     # it.
     keys = [
-        encoder.encode("\n" + retrieval_text.needle(word, value))
-        for word, value in zip(words, values, strict=True)
+        encoder.encode("\n" + retrieval_text.needle(word, value)) for word, value in zip(words, values, strict=True)
     ]
     question, answer = _question_and_answer(encoder, words[0], values[0])
     num_filler = length - len(encoder.start) - sum(map(len, keys)) - len(question) - len(answer)
@@ -202,12 +201,8 @@ def measure_retrieval(
     prompt."""
     lengths = tuple(sorted({prompt.length for prompt in prompts}))
     depths = tuple(sorted({prompt.depth for prompt in prompts}))
-    scores: dict[tuple[int, float], list[bool]] = {
-        (length, depth): [] for length in lengths for depth in depths
-    }
-    with tqdm(
-        total=len(prompts), desc=f"{model.name}: {task}", unit="prompt", disable=None, leave=False
-    ) as progress:
+    scores: dict[tuple[int, float], list[bool]] = {(length, depth): [] for length in lengths for depth in depths}
+    with tqdm(total=len(prompts), desc=f"{model.name}: {task}", unit="prompt", disable=None, leave=False) as progress:
         for length in lengths:
             of_length = [prompt for prompt in prompts if prompt.length == length]
             size = max(1, tokens_per_batch // length)
@@ -216,7 +211,5 @@ def measure_retrieval(
                 for prompt, right in zip(batch, answered(model, batch), strict=True):
                     scores[prompt.length, prompt.depth].append(right)
                 progress.update(len(batch))
-    cells = tuple(
-        Cell(length, depth, len(hits), sum(hits) / len(hits)) for (length, depth), hits in scores.items()
-    )
+    cells = tuple(Cell(length, depth, len(hits), sum(hits) / len(hits)) for (length, depth), hits in scores.items())
     return Retrieval(task, num_keys, lengths, depths, cells)

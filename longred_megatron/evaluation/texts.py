@@ -81,13 +81,9 @@ def text_source(paths: Sequence[Path]) -> TextSource:
                 raise UserError(f"{path}: holds no .txt or .jsonl file; give a folder that does")
             files += found
         elif not path.is_file():
-            raise UserError(
-                f"{path}: no such file or folder; texts are .txt files, .jsonl files, or folders of them"
-            )
+            raise UserError(f"{path}: no such file or folder; texts are .txt files, .jsonl files, or folders of them")
         elif path.suffix not in EXTENSIONS:
-            raise UserError(
-                f'{path}: is neither .txt nor .jsonl; convert it, one JSON object with a "text" a line'
-            )
+            raise UserError(f'{path}: is neither .txt nor .jsonl; convert it, one JSON object with a "text" a line')
         else:
             files.append(path)
     return TextSource(tuple(dict.fromkeys(files)), ", ".join(str(path) for path in paths))
@@ -114,9 +110,7 @@ def _documents_of(file: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)["text"]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(
-                    f'{file}:{number}: is no JSON object with a "text"; mend or remove the line'
-                ) from error
+                raise UserError(f'{file}:{number}: is no JSON object with a "text"; mend or remove the line') from error
             yield str(text)
 
 
@@ -143,9 +137,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     )
 
 
-def cut_windows(
-    source: TextSource, encoder: TextEncoder, window: int, num_windows: int, seed: int
-) -> Windows:
+def cut_windows(source: TextSource, encoder: TextEncoder, window: int, num_windows: int, seed: int) -> Windows:
     """Up to `num_windows` rows of exactly `window` tokens, each opened by the tokenizer's own start token
     where it has one.
 

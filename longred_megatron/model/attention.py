@@ -55,7 +55,7 @@ class SdpaAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: SequenceLayout | None = None,
     ) -> Tensor:
-        """query [tokens, 1, heads, head_dim]; key, value [tokens, 1, kv_heads, head_dim] -> [tokens, 1, heads x head_dim]."""
+        """[tokens, 1, heads or kv_heads, head_dim] each -> [tokens, 1, heads x head_dim]."""
         assert packed_seq_params is not None
         # [sequences, heads, sequence_length, head_dim]
         q, k, v = (_by_sequence(x, packed_seq_params).transpose(1, 2).float() for x in (query, key, value))

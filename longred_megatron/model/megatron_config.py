@@ -25,49 +25,49 @@ def transformer_config(
     """
     gpu = torch.cuda.is_available()
     dtype = DTYPES[precision.params]
-    settings: dict[str, Any] = dict(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.intermediate_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_kv_heads,
-        kv_channels=architecture.head_dim,
-        softmax_scale=attention_factor**2 / math.sqrt(architecture.head_dim),
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=architecture.mlp_bias,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        pipeline_dtype=dtype,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
-        perform_initialization=False,  # weights always come from a Hugging Face folder or a checkpoint
-        use_cpu_initialization=not gpu,
-        deallocate_pipeline_outputs=True,
-        gradient_accumulation_fusion=gpu and _has_fused_weight_gradient(),
-        bias_activation_fusion=gpu,
-        bias_dropout_fusion=gpu,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=gpu,
-        fp8=precision.fp8,
-        fp8_dot_product_attention=precision.fp8_attention,
-    )
+    settings: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.intermediate_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_kv_heads,
+        "kv_channels": architecture.head_dim,
+        "softmax_scale": attention_factor**2 / math.sqrt(architecture.head_dim),
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": architecture.mlp_bias,
+        "add_qkv_bias": architecture.qkv_bias,
+        "qk_layernorm": architecture.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "perform_initialization": False,  # weights always come from a Hugging Face folder or a checkpoint
+        "use_cpu_initialization": not gpu,
+        "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": gpu and _has_fused_weight_gradient(),
+        "bias_activation_fusion": gpu,
+        "bias_dropout_fusion": gpu,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": gpu,
+        "fp8": precision.fp8,
+        "fp8_dot_product_attention": precision.fp8_attention,
+    }
     if recompute == "full":
-        settings |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
-        settings |= dict(recompute_granularity="selective")
+        settings |= {"recompute_granularity": "selective"}
     if parallel.virtual_pipeline:
         # With two stages both neighbours are the same rank; batched messages would be swapped without an error.
-        settings |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
+        settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
     return TransformerConfig(**settings)
 
 

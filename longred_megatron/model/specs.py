@@ -31,7 +31,9 @@ class HeadNorm(RMSNorm):
         self.weight.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
 
 
-def block_submodules(config: TransformerConfig, num_layers: int, transformer_engine: bool) -> TransformerBlockSubmodules:
+def block_submodules(
+    config: TransformerConfig, num_layers: int, transformer_engine: bool
+) -> TransformerBlockSubmodules:
     """The specification of `num_layers` layers and the final norm."""
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm

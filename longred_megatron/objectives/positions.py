@@ -21,9 +21,7 @@ CREAM_TABLE_POINTS = 1000
 KINDS = ("natural", "uniform", "cream")
 
 
-def draw(
-    kind: str, num_sequences: int, sequence_length: int, target_window: int, generator: Generator
-) -> Tensor:
+def draw(kind: str, num_sequences: int, sequence_length: int, target_window: int, generator: Generator) -> Tensor:
     """Position ids [num_sequences, sequence_length] (int64) of the sampler `kind`; natural draws nothing.
 
     Raises ValueError for a kind not in `KINDS`.

@@ -73,9 +73,7 @@ def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> tuple[Tensor, fl
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; RoPE rotates pairs")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1.0 is"
-        )
+        raise ValueError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1.0 is")
     periods = rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope_type == "linear":
         return 1.0 / periods / rope["factor"], 1.0

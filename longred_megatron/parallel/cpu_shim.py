@@ -100,7 +100,7 @@ def install() -> None:
 
 
 def _let_torch_adam_load_its_state() -> None:
-    """Without apex and Transformer Engine, Megatron uses torch's AdamW, whose state holds a tensor `step` per parameter.
+    """Without apex and Transformer Engine, Megatron uses torch's AdamW, which keeps a tensor `step` per parameter.
 
     Megatron 0.19.2 asks for that step before the first update has made it, restores it as one tensor that all
     parameters share, so that every update counts once for each of them, and then looks for it where its reshardable

@@ -30,7 +30,10 @@ def loss_names(layers: Mapping[str, Sequence[int]], objectives: Sequence[str]) -
 
 
 def reduce_losses(
-    losses: Sequence[Mapping[str, Tensor]], names: Sequence[str], recipe: Recipe, groups: ProcessGroupCollection
+    losses: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    recipe: Recipe,
+    groups: ProcessGroupCollection,
 ) -> dict[str, float]:
     """The step's losses from every rank's shares.
 

@@ -60,7 +60,7 @@ def build(
     data: MicroBatchSource,
     groups: ProcessGroupCollection,
 ) -> Run:
-    """Builds student, teacher and optimizer with their initial weights. `teacher` is None where no objective needs it."""
+    """Builds student, teacher (None: no objective needs one) and optimizer, with their initial weights."""
     student = extended_architecture(recipe, source)
     stages = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     huggingface.load_weights(stages, recipe.model.hf, student, groups)

@@ -11,9 +11,14 @@ from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.config import Recipe, dump_recipe
 from longred_megatron.errors import UserError
 
-# What may change between the parts of one run without making it another run: how far and on what it runs, what it keeps.
+# What may change between the parts of one run: how far it goes, on what it runs, what it keeps.
 _FREE_SECTIONS = ("parallel", "debug")
-_FREE_KEYS = ("training.steps", "training.recompute", "training.checkpoint_every_steps", "training.keep_checkpoints")
+_FREE_KEYS = (
+    "training.steps",
+    "training.recompute",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+)
 
 
 def check_run_folder(recipe: Recipe) -> None:

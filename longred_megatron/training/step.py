@@ -85,7 +85,7 @@ class TrainStep:
 
     @torch.no_grad()
     def _teacher_pass(self, microbatches: Sequence[MicroBatch]) -> Targets:
-        """One forward-only pipelined pass over the micro-batches that need a teacher. Every stage keeps its own layers."""
+        """One forward-only pipelined pass over the taught micro-batches; every stage keeps its own layers."""
         targets: Targets = [{} for _ in microbatches]
         taught = [(i, m) for i, m in enumerate(microbatches) if m.teacher_positions is not None]
         if not taught:
@@ -93,9 +93,7 @@ class TrainStep:
 
         def forward(iterator: Iterator[tuple[int, MicroBatch]], stage: Stage) -> tuple[Tensor, None]:
             i, microbatch = next(iterator)
-            output, states = stage(
-                microbatch.tokens, microbatch.teacher_positions, self.layers[microbatch.objective]
-            )
+            output, states = stage(microbatch.tokens, microbatch.teacher_positions, self.layers[microbatch.objective])
             targets[i] |= states
             # The last stage has nobody to send to; its states are kept above.
             return output if not stage.post_process else output[:0], None
@@ -126,9 +124,7 @@ class TrainStep:
             if stage.post_process:
                 return loss, lambda loss: (loss, None)
             if own:
-                output = make_viewless_tensor(
-                    inject_loss(output, loss * scale), requires_grad=True, keep_graph=True
-                )
+                output = make_viewless_tensor(inject_loss(output, loss * scale), requires_grad=True, keep_graph=True)
             return output, None
 
         self._pipeline(forward, self.student, list(enumerate(microbatches)), forward_only=False)
@@ -141,7 +137,7 @@ class TrainStep:
         work: Sequence[tuple[int, MicroBatch]],
         forward_only: bool,
     ) -> None:
-        """Megatron's schedule for this layout: none, 1F1B or interleaved; every message is [tokens / cp / tp, 1, hidden]."""
+        """Megatron's schedule for this layout; every message between stages is [tokens / cp / tp, 1, hidden]."""
         get_forward_backward_func(self.groups.pp.size(), self.recipe.parallel.virtual_pipeline)(
             forward_step_func=forward,
             data_iterator=[iter(work) for _ in chunks],

@@ -37,12 +37,8 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_2": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
-    "llama_3": lambda: LlamaConfig(
-        **SIZES, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-    ),
-    "llama_3_2": lambda: LlamaConfig(
-        **SIZES, **GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True
-    ),
+    "llama_3": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "llama_3_2": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "llama_biases": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
     "llama_yarn": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=YARN_ROPE),
     "llama_linear": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LINEAR_ROPE),

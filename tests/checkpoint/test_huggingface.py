@@ -120,9 +120,7 @@ EXTENSIONS = {
 def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_path, groups, load_silently):
     source = write_model("llama_3", tmp_path / "source")
     if dialect == "rope_scaling":
-        edit_json(
-            source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32"
-        )
+        edit_json(source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32")
     stages, architecture = load(source, groups)
     settings, window = EXTENSIONS[method]
     rope = extended_rope(architecture.rope, original_window=64, **settings)
@@ -144,12 +142,8 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
 @pytest.mark.parametrize("rope", [LLAMA3_ROPE, YARN_ROPE, LINEAR_ROPE], ids=lambda rope: rope["rope_type"])
 def test_legacy_scaling_named_type_is_kept(rope, tmp_path, groups, load_silently):
     source = write_model("llama_3", tmp_path / "source")
-    scaling = {
-        "type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"
-    }
-    edit_json(
-        source / "config.json", rope_parameters=None, rope_theta=rope["rope_theta"], rope_scaling=scaling
-    )
+    scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
+    edit_json(source / "config.json", rope_parameters=None, rope_theta=rope["rope_theta"], rope_scaling=scaling)
     stages, architecture = load(source, groups)
     output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
     assert read_architecture(output) == architecture
@@ -193,9 +187,7 @@ def test_other_files_are_copied_and_the_window_is_widened(tmp_path, groups):
         "model_max_length": 256,
         "bos_token": "ſ",
     }
-    assert (
-        json.loads((output / "generation_config.json").read_text())["max_length"] == 32
-    )  # was not the window
+    assert json.loads((output / "generation_config.json").read_text())["max_length"] == 32  # was not the window
     config = json.loads((output / "config.json").read_text())
     assert config["made_by"] == "somebody" and config["max_position_embeddings"] == 256
     assert (output / "recipe.yaml").read_text() == "model: {}\n"

@@ -65,17 +65,13 @@ def test_tensor_and_pipeline_parallel_there_and_back(tmp_path):
         write_model(name, tmp_path / name)
     # One clean process does the slow imports, the ranks are forked from it.
     multiprocessing.set_forkserver_preload(["longred_megatron.checkpoint.huggingface"])
-    torch.multiprocessing.start_processes(
-        convert, args=(tmp_path,), nprocs=NUM_RANKS, start_method="forkserver"
-    )
+    torch.multiprocessing.start_processes(convert, args=(tmp_path,), nprocs=NUM_RANKS, start_method="forkserver")
     for name in MODELS:
         expected = load_file(tmp_path / name / "model.safetensors")
         files = sorted((tmp_path / f"{name}-back").glob("*.safetensors"))
         assert [file.name for file in files] == [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
         back = [load_file(file) for file in files]
-        assert (
-            back[0].keys().isdisjoint(back[1].keys()) and back[0].keys() | back[1].keys() == expected.keys()
-        )
+        assert back[0].keys().isdisjoint(back[1].keys()) and back[0].keys() | back[1].keys() == expected.keys()
         for tensor_name, tensor in (back[0] | back[1]).items():
             assert same_bits(tensor, expected[tensor_name]), tensor_name
         assert not list(tmp_path.glob(f"*{name}-full*"))

@@ -26,9 +26,7 @@ def test_tensor_shapes_are_those_of_transformers(architecture, tmp_path):
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-    expected = {
-        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
-    }  # a tied head once
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied head once
     assert tensor_shapes(architecture) == expected
 
 

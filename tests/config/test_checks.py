@@ -55,8 +55,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "target below original": (
         ("objectives.long_text.sequence_length=4096", *ALONE, "model.max_position_embeddings=4096"),
         {},
-        "`model.max_position_embeddings` is 4096: shorter than the 8192 tokens model.hf already has; set "
-        "it to 8192",
+        "`model.max_position_embeddings` is 4096: shorter than the 8192 tokens model.hf already has; set it to 8192",
     ),
     "nothing to skip": (
         ("objectives.long_text.sequence_length=8192", "model.max_position_embeddings=8192"),
@@ -108,8 +107,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "restoration over the teacher's window": (
         ("objectives.short_restoration.sequence_length=16384",),
         {},
-        "`objectives.short_restoration.sequence_length` is 16384: longer than the teacher's window of 8192 "
-        "tokens",
+        "`objectives.short_restoration.sequence_length` is 16384: longer than the teacher's window of 8192 tokens",
     ),
     "skipped positions over the target": (
         ("objectives.short_to_long.sequence_length=65536",),
@@ -211,8 +209,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "world": (
         ("parallel={tensor: 2, pipeline: 2}",),
         {"world_size": 6},
-        "the world has 6 ranks: must be a multiple of tensor x pipeline x context = 2 x 2 x 1 = 4; start "
-        "4, 8 ranks",
+        "the world has 6 ranks: must be a multiple of tensor x pipeline x context = 2 x 2 x 1 = 4; start 4, 8 ranks",
     ),
     "replicas": (
         (),
@@ -265,9 +262,7 @@ def test_sequence_parallel_cuts_the_tokens_of_a_context_rank(check: Check) -> No
     changes = ("parallel={tensor: 8, sequence: true}", "step.tokens_per_microbatch=4", *ALONE)
     lengths = ("objectives.long_text.sequence_length=4", "objectives.short_restoration.sequence_length=4")
     (problem,) = check(*changes, *lengths, world_size=8)
-    assert problem.startswith(
-        "`step.tokens_per_microbatch` is 4: must be a multiple of context x tensor = 1 x 8"
-    )
+    assert problem.startswith("`step.tokens_per_microbatch` is 4: must be a multiple of context x tensor = 1 x 8")
     assert problem.endswith("nearest: 8")
 
 
@@ -313,9 +308,7 @@ def test_problems_come_all_at_once(check: Check) -> None:
 
 
 def test_similar_data_set_is_suggested(check: Check) -> None:
-    assert any(
-        "did you mean 'window'?" in problem for problem in check("objectives.short_to_long.data=windw")
-    )
+    assert any("did you mean 'window'?" in problem for problem in check("objectives.short_to_long.data=windw"))
 
 
 def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,9 +349,7 @@ def test_rope_extension_is_what_extended_rope_takes(
     context=st.integers(1, 9),
     replicas=st.integers(1, 9),
 )
-def test_suggested_layouts_are_valid(
-    check: Check, tensor: int, pipeline: int, context: int, replicas: int
-) -> None:
+def test_suggested_layouts_are_valid(check: Check, tensor: int, pipeline: int, context: int, replicas: int) -> None:
     """A layout passes exactly when everything can be dealt out evenly."""
     layout = f"parallel={{tensor: {tensor}, pipeline: {pipeline}, context: {context}}}"
     problems = check(layout, world_size=tensor * pipeline * context * replicas)

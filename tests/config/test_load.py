@@ -63,9 +63,7 @@ def test_child_is_merged_over_its_chain_of_bases(write: Write, values: dict[str,
     assert recipe.optimizer.lr == 2e-5
 
 
-def test_null_removes_an_inherited_objective_data_set_and_teacher(
-    write: Write, values: dict[str, Any]
-) -> None:
+def test_null_removes_an_inherited_objective_data_set_and_teacher(write: Write, values: dict[str, Any]) -> None:
     write({**values, "teacher": {"hf": "t"}}, "a.yaml")
     child = {
         "base": "a.yaml",
@@ -116,9 +114,7 @@ def test_paths_are_relative_to_the_file_that_names_them(
     write: Write, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write({**values, "debug": {"dump_microbatches": "../d"}}, "bases/a.yaml")
-    child = write(
-        {"base": "../bases/a.yaml", "run": {"dir": "r"}, "data": {"long": {"x": 1}}}, "child/b.yaml"
-    )
+    child = write({"base": "../bases/a.yaml", "run": {"dir": "r"}, "data": {"long": {"x": 1}}}, "child/b.yaml")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -291,9 +287,7 @@ def test_no_objective(write: Write, values: dict[str, Any]) -> None:
 
 def test_null_section_that_has_a_default(write: Write, values: dict[str, Any]) -> None:
     (problem,) = problems_of(write({**values, "parallel": None}))
-    assert problem.startswith(
-        "`parallel` is null, which is not allowed here: give it a value or leave the key out"
-    )
+    assert problem.startswith("`parallel` is null, which is not allowed here: give it a value or leave the key out")
 
 
 # Round trip
@@ -315,9 +309,7 @@ objectives = st.fixed_dictionaries(
     optional={
         "short_to_long": st.none()
         | st.fixed_dictionaries(common | {"positions": st.sampled_from(["cream", "uniform", "natural"])}),
-        "short_restoration": st.fixed_dictionaries(
-            common | {"layers": st.lists(st.integers(-3, 99), min_size=1)}
-        ),
+        "short_restoration": st.fixed_dictionaries(common | {"layers": st.lists(st.integers(-3, 99), min_size=1)}),
     },
 )
 rope = st.one_of(

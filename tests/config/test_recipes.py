@@ -88,9 +88,7 @@ def test_blends_of_mistral_are_those_of_llama() -> None:
     llama = load_recipe(RECIPES / "llama3_8b_128k_longred_c.yaml").data
     mistral = load_recipe(RECIPES / "mistral_7b_128k_longred_c.yaml").data
     for name, blend in llama.items():
-        assert {
-            prefix.replace("/llama3/", "/mistral/"): weight for prefix, weight in blend.items()
-        } == mistral[name]
+        assert {prefix.replace("/llama3/", "/mistral/"): weight for prefix, weight in blend.items()} == mistral[name]
 
 
 def _objectives(recipe: Recipe) -> tuple[LongText, ShortToLong, ShortRestoration]:

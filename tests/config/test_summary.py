@@ -34,14 +34,10 @@ def test_arithmetic_of_the_published_step(summarise: Callable[..., str]) -> None
     text = summarise("step.tokens_per_microbatch=131072", "parallel={tensor: 2, context: 2}", world_size=8)
     lines = {line.split("  ")[0].strip(): line for line in text.splitlines() if not line.startswith(" ")}
     assert "8 = tensor 2 x pipeline 1 x context 2 x data 2" in lines["world"]
-    assert (
-        "16 a step = 8 on each of 2 replicas; 131,072 tokens each, 65,536 on a rank" in lines["micro-batches"]
-    )
+    assert "16 a step = 8 on each of 2 replicas; 131,072 tokens each, 65,536 on a rank" in lines["micro-batches"]
     assert lines["tokens a step"].endswith(" 2,097,152")
     assert "1,073,741,824 = 512 steps x 2,097,152" in lines["tokens in all"]
-    assert (
-        "0.5 long_text + 1.25 short_to_long + 1.875 short_restoration (sum of 3 layers)" in lines["step loss"]
-    )
+    assert "0.5 long_text + 1.25 short_to_long + 1.875 short_restoration (sum of 3 layers)" in lines["step loss"]
     assert lines["parameters"].endswith(" 8,030,261,248")
     assert "8,192 -> 32,768 tokens, rope abf, theta 2e+07" in lines["window"]
     assert "1,048,576 (50.0%): 32 x 32,768" in text
@@ -120,9 +116,7 @@ def test_tied_embeddings_are_counted_once(memory: Callable[..., Memory]) -> None
     assert difference == pytest.approx(2 * 128256 * 4096, rel=1e-6)
 
 
-def test_stages_of_the_interleaved_schedule(
-    write: Write, values: dict[str, Any], architecture: Architecture
-) -> None:
+def test_stages_of_the_interleaved_schedule(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
     recipe = load_recipe(write(values), ["parallel={pipeline: 2, virtual_pipeline: 2}"])
     assert _stages(recipe, replace(architecture, num_layers=8)) == [[1, 2, 5, 6], [3, 4, 7, 8]]
 

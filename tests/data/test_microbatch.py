@@ -80,9 +80,7 @@ def test_restoration_has_no_labels_and_a_teacher_at_natural_positions(recipe):
     batches = MicroBatchSource(recipe).step(1, 0, 1)
     for batch in by_objective(batches, "short_restoration") + by_objective(batches, "short_to_long"):
         assert (batch.labels == NO_LOSS).all()
-        assert torch.equal(
-            batch.teacher_positions, torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
-        )
+        assert torch.equal(batch.teacher_positions, torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens))
     for batch in by_objective(batches, "short_restoration"):
         assert torch.equal(batch.student_positions, batch.teacher_positions)
     for batch in by_objective(batches, "short_to_long"):
@@ -109,9 +107,7 @@ def test_each_objective_walks_its_own_samples_in_order(recipe):
 def test_replicas_deal_out_the_same_step(recipe, num_replicas):
     whole = MicroBatchSource(recipe).step(5, 0, 1)
     dealt = [
-        batch
-        for replica in range(num_replicas)
-        for batch in MicroBatchSource(recipe).step(5, replica, num_replicas)
+        batch for replica in range(num_replicas) for batch in MicroBatchSource(recipe).step(5, replica, num_replicas)
     ]
     for batch in dealt:
         assert_same(batch, whole[batch.index])

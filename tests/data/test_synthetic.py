@@ -98,18 +98,14 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_written(tmp_path: P
     synthetic.write_sets(tmp_path / "all", DRAWN, seed=3, share=0.005)
     for name in DRAWN:
         synthetic.write_sets(tmp_path / "alone", [name], seed=3, share=0.005)
-        assert (tmp_path / "alone" / f"{name}.jsonl").read_bytes() == (
-            tmp_path / "all" / f"{name}.jsonl"
-        ).read_bytes()
+        assert (tmp_path / "alone" / f"{name}.jsonl").read_bytes() == (tmp_path / "all" / f"{name}.jsonl").read_bytes()
     synthetic.write_sets(tmp_path / "other", ["keys"], seed=4, share=0.005)
     assert (tmp_path / "other" / "keys.jsonl").read_bytes() != (tmp_path / "all" / "keys.jsonl").read_bytes()
 
 
 def test_written_texts_are_counted_and_scaled(tmp_path: Path) -> None:
     written = synthetic.write_sets(tmp_path, ["short", "held_out_short", "held_out_long"], seed=0, share=0.01)
-    assert {path.stem: len(read(path)) for path in written} == {
-        path.stem: count for path, count in written.items()
-    }
+    assert {path.stem: len(read(path)) for path in written} == {path.stem: count for path, count in written.items()}
     assert written[tmp_path / "short.jsonl"] == 20
     held_out = read(tmp_path / "held_out_short.jsonl") + read(tmp_path / "held_out_long.jsonl")
     assert sorted(held_out) == sorted(synthetic.held_out_texts())

@@ -41,9 +41,7 @@ def test_special_tokens_may_be_added_in_front(hf_tokenizer, tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer.from_file(str(hf_tokenizer / "tokenizer.json"))
-    inner.post_processor = processors.TemplateProcessing(
-        single="<|end|> $A", special_tokens=[("<|end|>", 300)]
-    )
+    inner.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 300)])
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>").save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode("return") == load_tokenizer(hf_tokenizer).encode("return")
 
@@ -57,9 +55,7 @@ def test_digests_name_the_files(path):
 
 def test_no_end_of_document_is_an_error(hf_tokenizer, tmp_path, corpus):
     (tmp_path / "tokenizer.json").write_bytes((hf_tokenizer / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-    )
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(UserError, match="eos_token in its tokenizer_config"):
         load_tokenizer(tmp_path)
     sentencepiece.SentencePieceTrainer.train(

@@ -17,9 +17,7 @@ SMALL = {"num_short_windows": 4, "num_long_windows": 2, "num_depths": 3, "num_sa
 
 
 def settings_for(text_file: Path, **changes) -> Settings:
-    return Settings(
-        **({"short_texts": (text_file,), "long_texts": (text_file,), "device": "cpu"} | SMALL | changes)
-    )
+    return Settings(**({"short_texts": (text_file,), "long_texts": (text_file,), "device": "cpu"} | SMALL | changes))
 
 
 @pytest.fixture(scope="session")
@@ -81,12 +79,7 @@ def test_table_is_aligned_and_complete(report: Report) -> None:
     lines = format_table(report).splitlines()
     head, rule, *rows = lines[:5]
     assert len({len(line) for line in (head, rule, *rows)}) == 1
-    assert (
-        "short ppl @128" in head
-        and "long ppl @256" in head
-        and "passkey @256" in head
-        and "similarity" in head
-    )
+    assert "short ppl @128" in head and "long ppl @256" in head and "passkey @256" in head and "similarity" in head
     for model, row in zip(report.models, rows, strict=True):
         assert row.startswith(model.name)
         assert f"{model.short.perplexity:.2f}" in row or f"{model.short.perplexity:,.0f}" in row
@@ -104,9 +97,7 @@ def test_page_is_self_contained_and_names_every_model(report: Report, output: Pa
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
-    assert not re.search(
-        r"#0a000\d|#010101|#020202", html
-    )  # every stand-in colour became a variable of the page
+    assert not re.search(r"#0a000\d|#010101|#020202", html)  # every stand-in colour became a variable of the page
     assert "python tools/evaluate.py --hf ..." in html
 
 
@@ -154,9 +145,7 @@ def test_names_are_the_shortest_ends_that_differ() -> None:
         ({"short_texts": (Path("none.txt"),)}, "none.txt: no such file"),
     ],
 )
-def test_bad_settings(
-    folders: dict[str, Path], text_file: Path, tmp_path: Path, changes: dict, message: str
-) -> None:
+def test_bad_settings(folders: dict[str, Path], text_file: Path, tmp_path: Path, changes: dict, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         evaluate([folders["base"]], tmp_path / "report", settings=settings_for(text_file, **changes))
     assert not (tmp_path / "report").exists()
@@ -257,9 +246,7 @@ def test_command_line(
 def test_command_line_exits_with_two_on_a_users_mistake(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        sys, "argv", ["evaluate.py", "--hf", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
-    )
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--hf", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as caught:
         tool.run_cli(tool.main)
     assert caught.value.code == 2

@@ -34,9 +34,7 @@ def test_buckets_are_means_over_positions_and_cover_the_window(base: CausalModel
     assert len(result.buckets) == NUM_BUCKETS
     assert (result.buckets[0].start, result.buckets[-1].stop) == (0, 96)
     for bucket in result.buckets:
-        part = losses[
-            :, max(bucket.start - 1, 0) : bucket.stop - 1
-        ]  # column p - 1 is the token at position p
+        part = losses[:, max(bucket.start - 1, 0) : bucket.stop - 1]  # column p - 1 is the token at position p
         assert bucket.loss == pytest.approx(part.mean().item(), rel=1e-5)
 
 
@@ -60,7 +58,5 @@ def test_model_that_scales_its_logits(base: CausalModel) -> None:
     model = CausalModel("granite", base.facts, network, base.encoder, base.device, plain)
     with torch.no_grad():
         logits = network(input_ids=TOKENS).logits
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none").view(
-        5, 95
-    )
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none").view(5, 95)
     torch.testing.assert_close(token_losses(model, TOKENS), expected)

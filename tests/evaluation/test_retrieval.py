@@ -38,9 +38,7 @@ class Copier(nn.Module):
             len(row), dtype=torch.long
         )  # [j]: length of the common end of row[: t + 1] and row[: j + 1]
         for t in range(len(row)):
-            matched = torch.where(
-                row == row[t], torch.cat([torch.zeros(1, dtype=torch.long), matched[:-1]]) + 1, 0
-            )
+            matched = torch.where(row == row[t], torch.cat([torch.zeros(1, dtype=torch.long), matched[:-1]]) + 1, 0)
             if t:
                 logits[t, row[matched[:t].argmax() + 1]] = 1.0
         return logits
@@ -102,9 +100,7 @@ def test_answered_is_exactly_greedy_decoding(base: CausalModel) -> None:
     """The model's own greedy continuation counts as answered; with any one token changed it does not."""
     start = FILLER[:40]
     with torch.no_grad():
-        greedy = base.network.generate(
-            torch.tensor([start]), max_new_tokens=6, min_new_tokens=6, do_sample=False
-        )  # type: ignore[operator]
+        greedy = base.network.generate(torch.tensor([start]), max_new_tokens=6, min_new_tokens=6, do_sample=False)  # type: ignore[operator]
     right = Prompt(tuple(greedy[0].tolist()), 6, 0, "", 46, 0.0)
     wrong = []
     for place in range(40, 46):

@@ -31,7 +31,5 @@ def test_equals_direct_computation_for_any_batch(base: CausalModel, folders: dic
 
 def test_says_why_models_cannot_be_compared(base: CausalModel, folders: dict[str, Path]) -> None:
     assert why_not_comparable(loaded(folders["longer"]), base) is None
-    assert "width 32 differs from the reference's 16" in str(
-        why_not_comparable(loaded(folders["wider"]), base)
-    )
+    assert "width 32 differs from the reference's 16" in str(why_not_comparable(loaded(folders["wider"]), base))
     assert "tokenizer" in str(why_not_comparable(loaded(folders["onebos"]), base))

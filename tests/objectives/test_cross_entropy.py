@@ -79,9 +79,7 @@ def test_large_logits_stay_finite():
 def test_no_label_at_all_gives_zero_loss_and_zero_gradients():
     hidden, weight, labels = inputs(torch.float32)
     hidden.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(
-        hidden, weight, torch.full_like(labels, -100), vocab_size=VOCAB, chunk_tokens=4
-    )
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), vocab_size=VOCAB, chunk_tokens=4)
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
 
@@ -108,9 +106,7 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(
-    "needs_hidden, needs_weight", [(True, True), (True, False), (False, True), (False, False)]
-)
+@pytest.mark.parametrize("needs_hidden, needs_weight", [(True, True), (True, False), (False, True), (False, False)])
 def test_logits_exist_for_one_chunk_only_and_are_made_once(needs_hidden, needs_weight):
     tokens, vocab, chunk = 512, 400, 32  # larger than any other tensor: [512, 400] against [400, 6], [512, 6]
     hidden = torch.randn(tokens, HIDDEN, requires_grad=needs_hidden)
@@ -158,9 +154,7 @@ def run_rank(rank: int, num_ranks: int, folder: Path) -> None:
         hidden, weight, labels = inputs(torch.float32, rows=local_rows * num_ranks)
         shard = weight[rank * local_rows : (rank + 1) * local_rows].clone().requires_grad_()
         hidden.requires_grad_()
-        loss = linear_cross_entropy(
-            hidden, shard, labels, vocab_size=VOCAB, group=dist.group.WORLD, chunk_tokens=4
-        )
+        loss = linear_cross_entropy(hidden, shard, labels, vocab_size=VOCAB, group=dist.group.WORLD, chunk_tokens=4)
         (SCALE * loss).backward()
         results[local_rows] = (loss.detach(), hidden.grad, shard.grad)
     torch.save(results, folder / f"{rank}.pt")

@@ -44,9 +44,7 @@ def test_positions_are_a_head_a_contiguous_middle_and_a_tail(kind, window, num_s
     edges = {third, short} if 2 * short < length else {third}
     assert any(
         torch.equal(positions[:, :edge], torch.arange(edge).expand(num_sequences, -1))
-        and torch.equal(
-            positions[:, length - edge :], torch.arange(target - edge, target).expand(num_sequences, -1)
-        )
+        and torch.equal(positions[:, length - edge :], torch.arange(target - edge, target).expand(num_sequences, -1))
         and (positions[:, edge : length - edge].diff(dim=1) == 1).all()
         for edge in edges
     )

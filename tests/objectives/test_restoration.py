@@ -15,9 +15,7 @@ def hidden_states(tokens: int, hidden: int, dtype: torch.dtype, seed: int) -> to
     return (states * scales[:, None, None]).to(dtype)
 
 
-def reference(
-    student: torch.Tensor, teacher: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def reference(student: torch.Tensor, teacher: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     student = student.detach().clone().requires_grad_()
     loss = (1 - cosine_similarity(student, teacher, dim=-1)).sum()
     (scale * loss).backward()

@@ -110,7 +110,9 @@ def test_a_loss_that_is_not_finite_names_step_objective_and_remedy(tmp_path: Pat
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     recipe, run = make_workspace(tmp_path), tmp_path / "run"
     subprocess.run(
-        [sys.executable, "-m", "longred_megatron.train", str(recipe), "training.steps=2"], check=True, timeout=300
+        [sys.executable, "-m", "longred_megatron.train", str(recipe), "training.steps=2"],
+        check=True,
+        timeout=300,
     )
     checkpoint = run / "checkpoints" / "step-000002"
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}

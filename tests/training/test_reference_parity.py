@@ -77,9 +77,7 @@ def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[st
 def assert_same(run: Run, microbatches: list[MicroBatch]) -> None:
     expected_loss, expected = reference(run, microbatches)
     losses, _ = run.train_step.forward_backward(microbatches)
-    loss = sum(
-        m.weight * sum(own.values()) / len(microbatches) for m, own in zip(microbatches, losses, strict=True)
-    )
+    loss = sum(m.weight * sum(own.values()) / len(microbatches) for m, own in zip(microbatches, losses, strict=True))
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     gradients = megatron_gradients(run)
     assert expected.keys() <= gradients.keys()
@@ -98,9 +96,7 @@ def test_step_equals_plain_torch(model: str, tmp_path: Path, groups: ProcessGrou
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_each_objective_alone(
-    objective: str, recompute: str, tmp_path: Path, groups: ProcessGroupCollection
-) -> None:
+def test_each_objective_alone(objective: str, recompute: str, tmp_path: Path, groups: ProcessGroupCollection) -> None:
     others = [f"objectives.{name}=null" for name in OBJECTIVES if name != objective]
     run = build_run(make_workspace(tmp_path), groups, *others, f"training.recompute={recompute}")
     assert_same(run, run.data.step(1, 0, 1))
@@ -120,9 +116,7 @@ def test_the_teacher_computes_only_what_a_loss_needs(tmp_path: Path, groups: Pro
     assert_same(run, run.data.step(1, 0, 1))
 
 
-def test_gradients_do_not_depend_on_the_order_of_micro_batches(
-    tmp_path: Path, groups: ProcessGroupCollection
-) -> None:
+def test_gradients_do_not_depend_on_the_order_of_micro_batches(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     run = build_run(make_workspace(tmp_path), groups)
     assert_same(run, run.data.step(1, 0, 1)[::-1])
 

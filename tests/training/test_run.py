@@ -79,7 +79,13 @@ def test_the_run_folder_and_the_step_loss(tmp_path: Path) -> None:
     recipe = make_workspace(tmp_path)
     out = train(recipe, "training.steps=4", "training.checkpoint_every_steps=1", "training.keep_checkpoints=2")
     run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {"recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "hf"}
+    assert {p.name for p in run.iterdir()} == {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "hf",
+    }
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
     assert any((run / "tensorboard").iterdir())
     assert "step 4/4" in out and "left" in out
