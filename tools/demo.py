@@ -58,7 +58,7 @@ def main() -> None:
     report = evaluate(
         [BASE, RUNS / "tiny_long_cpt/hf", RUNS / "tiny_longred_c/hf"],
         DEMO / "report",
-        settings=Settings(short_texts=[texts["held_out_short"]], long_texts=[texts["held_out_long"]]),
+        settings=Settings(short_texts=(texts["held_out_short"],), long_texts=(texts["held_out_long"],)),
         names=("original", "Long CPT", "LongReD-C"),
         command="make demo",
     )

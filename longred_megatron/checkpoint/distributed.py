@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.optimizer import MegatronOptimizer
+
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from longred_megatron.errors import UserError
 from longred_megatron.model.stage import Stage
@@ -66,13 +75,13 @@ def save(
             partial.mkdir(parents=True)
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
         state = _sharded_state(stages, optimizer, is_loading=False)
-        dist_checkpointing.save(state, str(partial), async_strategy="mcore")
+        dist_checkpointing.save(state, str(partial), _SaveInProcess())
         if rank == 0:
             files = {"checkpoint.json": json.dumps(description, indent=1)} | (extra_files or {})
             for name, text in files.items():
                 (partial / name).write_text(text)
             partial.rename(path)
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"{path}: the checkpoint could not be written ({error}); free space and start again") from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
@@ -118,6 +127,22 @@ def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None,
         model = state["model0"] if len(stages) == 1 else dict(state.items())
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return state
+
+
+class _SaveInProcess(TorchDistSaveShardedStrategy):
+    """The same files, written by this process.
+
+    Megatron's own strategy hands them to helper processes even when it waits for them. Those take five seconds to
+    start, and outlive a run that is killed.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        dcp.save(
+            mcore_to_pyt_state_dict(state, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
 
 
 class _IndexUnpickler(pickle.Unpickler):

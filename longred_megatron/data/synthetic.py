@@ -20,7 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.retrieval_text import WORDS, draw_value, needle
+from longred_megatron.evaluation.retrieval_text import WORDS, draw_keys, needle
 
 # Never trained on: perplexity is measured here, and retrieval between these lines.
 HELD_OUT_MODULES = (
@@ -109,7 +109,7 @@ def repeat_text(num_words: int, num_sayings: int, rng: random.Random) -> str:
 
 def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random.Random) -> str:
     """Pass keys of `num_keys` words, each stated `num_sayings` times at random places in the filler."""
-    sayings = [needle(word, draw_value(rng)) for word in rng.sample(WORDS, num_keys)] * num_sayings
+    sayings = [needle(word, value) for word, value in draw_keys(num_keys, rng)] * num_sayings
     rng.shuffle(sayings)
     before: dict[int, list[str]] = {}
     for saying in sayings:
@@ -126,7 +126,7 @@ def _repeats(num_texts: int, max_words: int, rng: random.Random) -> Iterator[str
 
 def _bare_keys(num_texts: int, rng: random.Random) -> Iterator[str]:
     for _ in range(num_texts):
-        yield key_text([], rng.randint(1, 3), rng.randint(3, 6), rng)
+        yield key_text([], rng.randint(1, 6), rng.randint(2, 5), rng)
 
 
 def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[
 SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
     # The tiny base model: windows of 128, then 512 tokens.
     "repeats": lambda share, rng: _repeats(round(16_000 * share), 40, rng),
-    "keys": lambda share, rng: _bare_keys(round(12_000 * share), rng),
+    "keys": lambda share, rng: _bare_keys(round(24_000 * share), rng),
     "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
     "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
     "keys_512": lambda share, rng: _keys(round(8_000 * share), (300, 600, 900, 1200), 8, rng),

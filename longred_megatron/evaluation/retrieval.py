@@ -86,16 +86,12 @@ def build_prompt(
     filler tokens) of it, the other keys at random places. The value asked for is in the prompt once: one that
     the filler or another key holds is drawn again.
     """
-    words = rng.sample(retrieval_text.WORDS, num_keys)
-    values = [retrieval_text.draw_value(rng) for _ in words]
-    while len(set(values)) < num_keys:
-        values = [retrieval_text.draw_value(rng) for _ in words]
+    pairs = retrieval_text.draw_keys(num_keys, rng)
     # Keys and question open a line of their own wherever the filler is cut, so each brings the newline before
     # it.
-    keys = [
-        encoder.encode("\n" + retrieval_text.needle(word, value)) for word, value in zip(words, values, strict=True)
-    ]
-    question, answer = _question_and_answer(encoder, words[0], values[0])
+    keys = [encoder.encode("\n" + retrieval_text.needle(word, value)) for word, value in pairs]
+    word, value = pairs[0]
+    question, answer = _question_and_answer(encoder, word, value)
     num_filler = length - len(encoder.start) - sum(map(len, keys)) - len(question) - len(answer)
     if num_filler < 0:
         return None
@@ -107,10 +103,10 @@ def build_prompt(
         )
     start = rng.randrange(len(filler) - num_filler + 1)
     stretch = list(filler[start : start + num_filler])
-    if values[0] in encoder.decode(stretch):
+    if value in encoder.decode(stretch):
         return build_prompt(encoder, filler, length, depth, num_keys, rng)
 
-    places = [round(depth * num_filler), *(rng.randint(0, num_filler) for _ in words[1:])]
+    places = [round(depth * num_filler), *(rng.randint(0, num_filler) for _ in pairs[1:])]
     tokens = list(encoder.start)
     needle_start, taken = 0, 0
     for place, index in sorted(zip(places, range(num_keys), strict=True)):
@@ -120,7 +116,7 @@ def build_prompt(
             needle_start = len(tokens)
         tokens += keys[index]
     tokens += [*stretch[taken:], *question, *answer]
-    return Prompt(tuple(tokens), len(answer), needle_start, values[0], length, depth)
+    return Prompt(tuple(tokens), len(answer), needle_start, value, length, depth)
 
 
 def _question_and_answer(encoder: TextEncoder, word: str, value: str) -> tuple[list[int], list[int]]:

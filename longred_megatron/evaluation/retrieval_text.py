@@ -3,17 +3,15 @@
 A text states pass keys on lines of their own, somewhere among other lines, and ends with an open line that
 asks for one of them:
 
-    The pass key of river is 40718.
+    The pass key of river is lemon.
     ... other lines ...
     The pass key of river is
 
-The right continuation is `answer(value)`, here " 40718". This is the passkey task of Mohtashami and Jaggi
+The right continuation is `answer(value)`, here " lemon". This is the passkey task of Mohtashami and Jaggi
 (arXiv 2305.16300) with named keys, so that one text can hold several of them.
 """
 
 import random
-
-DIGITS_PER_VALUE = 5
 
 _WORDS = """
 actor anchor angel apple april arrow autumn baker banana barn basket beach bear beard bell bench berry
@@ -33,9 +31,14 @@ sister snow soldier spider spoon spring squirrel station summer
 WORDS = tuple(_WORDS.split())
 
 
-def draw_value(rng: random.Random) -> str:
-    """A pass key: `DIGITS_PER_VALUE` decimal digits, each drawn uniformly (a leading zero is possible)."""
-    return "".join(rng.choice("0123456789") for _ in range(DIGITS_PER_VALUE))
+def draw_keys(num_keys: int, rng: random.Random) -> list[tuple[str, str]]:
+    """(word, its pass key) for each of `num_keys`, all of them different `WORDS`.
+
+    Pass keys are words rather than digits so that a very small model can learn to look one up: with a good
+    tokenizer a word is a single token.
+    """
+    drawn = rng.sample(WORDS, 2 * num_keys)
+    return list(zip(drawn[:num_keys], drawn[num_keys:], strict=True))
 
 
 def query(word: str) -> str:

@@ -69,7 +69,7 @@ def transformer_engine_attention() -> type:
     """The same on a GPU: Transformer Engine's attention, fed [sequences, sequence_length, heads, head_dim] views."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
-    class FlatTEDotProductAttention(TEDotProductAttention):  # type: ignore[misc]
+    class FlatTEDotProductAttention(TEDotProductAttention):
         def forward(
             self,
             query: Tensor,

@@ -13,7 +13,7 @@ class _InjectLoss(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, Tensor]:
         return output_gradient, ctx.loss_like
 
 

@@ -17,7 +17,7 @@ from longred_megatron.model.specs import block_submodules
 from longred_megatron.objectives.rope import inverse_frequencies
 
 
-class Stage(GPTModel):  # type: ignore[misc]
+class Stage(GPTModel):
     """The layers of one (virtual) pipeline stage, on tokens laid out as [tokens, 1, hidden].
 
     `forward` returns hidden states, never logits: every loss is computed from them (see training/losses.py).
@@ -91,7 +91,8 @@ class Stage(GPTModel):  # type: ignore[misc]
     def truncate(self, depth: int) -> None:
         """Drops the layers above number `depth` and the head: for a teacher whose deepest wanted layer is `depth`."""
         self.decoder.layers = torch.nn.ModuleList(m for m in self.decoder.layers if m.layer_number <= depth)
-        self.output_layer = None
+        if self.post_process:
+            del self.output_layer
 
 
 def padded_vocab_size(architecture: Architecture, tensor: int) -> int:

@@ -21,9 +21,13 @@ def initialize(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        alone = "RANK" not in os.environ  # started without torchrun
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(minutes=30), **alone
+            "cpu:gloo,cuda:nccl" if gpu else "gloo",
+            timeout=timedelta(minutes=30),
+            store=torch.distributed.HashStore() if alone else None,
+            rank=0 if alone else -1,
+            world_size=1 if alone else -1,
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

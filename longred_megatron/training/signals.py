@@ -28,7 +28,7 @@ class StopRequest:
             f"{signal.Signals(number).name}: stopping with a checkpoint after this step; again to stop at once",
             file=sys.stderr,
         )
-        signal.signal(number, self._previous[number])
+        signal.signal(number, self._previous[signal.Signals(number)])
 
     def agreed(self) -> int | None:
         """The signal any rank has received, the same answer on every rank, so that all stop after the same step."""

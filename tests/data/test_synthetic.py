@@ -11,10 +11,9 @@ import sentencepiece
 from longred_megatron.data import synthetic
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.retrieval_text import (
-    DIGITS_PER_VALUE,
     WORDS,
     answer,
-    draw_value,
+    draw_keys,
     needle,
     query,
 )
@@ -28,8 +27,8 @@ def read(path: Path) -> list[str]:
 
 
 def test_a_needle_is_its_query_and_answer() -> None:
-    value = draw_value(random.Random(0))
-    assert re.fullmatch(rf"\d{{{DIGITS_PER_VALUE}}}", value)
+    [(word, value)] = draw_keys(1, random.Random(0))
+    assert {word, value} <= set(WORDS) and word != value
     assert needle("river", value) == query("river") + answer(value) + ".\n"
 
 
@@ -44,7 +43,7 @@ def test_key_text_states_each_key_as_often_as_asked_and_keeps_the_filler_in_orde
     lines = synthetic.key_text(filler, 3, 4, random.Random(1)).splitlines(keepends=True)
     sayings = [line for line in lines if line not in filler]
     assert [line for line in lines if line in filler] == filler
-    stated = {re.fullmatch(r"The pass key of (\w+) is (\d+)\.\n", line).groups() for line in sayings}  # type: ignore[union-attr]
+    stated = {re.fullmatch(r"The pass key of (\w+) is (\w+)\.\n", line).groups() for line in sayings}  # type: ignore[union-attr]
     assert len(sayings) == 12 and all(sayings.count(line) == 4 for line in sayings)
     assert len(stated) == len({word for word, _ in stated}) == 3
 

@@ -90,8 +90,8 @@ def test_start_token_opens_the_prompt() -> None:
 
 
 def test_value_that_the_filler_holds_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = iter(["11111", "22222"])
-    monkeypatch.setattr(retrieval_text, "draw_value", lambda rng: next(values))
+    pairs = iter([[("river", "11111")], [("river", "22222")]])
+    monkeypatch.setattr(retrieval_text, "draw_keys", lambda num_keys, rng: next(pairs))
     prompt = build_prompt(ENCODER, ENCODER.encode(" 11111 " * 100), 192, 0.5, 1, random.Random(0))
     assert prompt is not None and prompt.value == "22222"
 
