@@ -20,7 +20,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.optimizer import MegatronOptimizer
-
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -50,6 +49,15 @@ _INDEX_NAMES = {
     "builtins": {"set", "frozenset", "slice"},
 }
 PARTIAL = ".partial"
+# What a full disk, a missing right or a damaged file ends in. torch's own is no Exception.
+_FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    CheckpointException,
+    dist_checkpointing.core.CheckpointingException,
+)
 
 
 def save(
@@ -81,9 +89,11 @@ def save(
             for name, text in files.items():
                 (partial / name).write_text(text)
             partial.rename(path)
-    except (OSError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+    except _FAILURES as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{path}: the checkpoint could not be written ({error}); free space and start again") from error
+        raise UserError(
+            f"{path}: the checkpoint could not be written ({_causes(error)}); free space and start again"
+        ) from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
 
 
@@ -98,14 +108,8 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
     state = _sharded_state(stages, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(path))
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        dist_checkpointing.core.CheckpointingException,
-    ) as error:
-        raise UserError(f"{path}: the checkpoint cannot be loaded ({error})") from error
+    except _FAILURES as error:
+        raise UserError(f"{path}: the checkpoint cannot be loaded ({_causes(error)})") from error
     for i, stage in enumerate(stages):
         stage.load_state_dict(loaded[f"model{i}"])
     if optimizer is not None:
@@ -127,6 +131,13 @@ def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None,
         model = state["model0"] if len(stages) == 1 else dict(state.items())
         state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
     return state
+
+
+def _causes(error: BaseException) -> str:
+    """What went wrong on each rank, without the traces torch collects."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
 
 
 class _SaveInProcess(TorchDistSaveShardedStrategy):

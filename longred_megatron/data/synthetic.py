@@ -129,6 +129,15 @@ def _bare_keys(num_texts: int, rng: random.Random) -> Iterator[str]:
         yield key_text([], rng.randint(1, 6), rng.randint(2, 5), rng)
 
 
+def _numbers(num_texts: int, rng: random.Random) -> Iterator[str]:
+    """Bare keys whose values are numbers of five digits: copying several tokens in a row."""
+    for _ in range(num_texts):
+        words = rng.sample(WORDS, rng.randint(1, 3))
+        sayings = [needle(word, f"{rng.randrange(10**5):05}") for word in words] * rng.randint(3, 6)
+        rng.shuffle(sayings)
+        yield "".join(sayings)
+
+
 def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
     """Keys between library lines, as many characters of them as one of `num_characters`."""
     texts = training_texts()
@@ -147,6 +156,7 @@ def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[
 SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
     # The tiny base model: windows of 128, then 512 tokens.
     "repeats": lambda share, rng: _repeats(round(16_000 * share), 40, rng),
+    "numbers": lambda share, rng: _numbers(round(12_000 * share), rng),
     "keys": lambda share, rng: _bare_keys(round(24_000 * share), rng),
     "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
     "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
