@@ -3,12 +3,17 @@
 import argparse
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from longred_megatron.config import check_recipe, load_recipe, read_architecture, startup_summary
+from longred_megatron.config import Architecture, Recipe, check_recipe, load_recipe, read_architecture, startup_summary
 from longred_megatron.errors import UserError, run_cli
+
+if TYPE_CHECKING:
+    from longred_megatron.data.microbatch import MicroBatchSource
 
 _EXAMPLES = """examples:
   python -m longred_megatron.train recipes/tiny_longred_c.yaml
@@ -31,8 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
     options = parser.parse_args(arguments)
     _silence_libraries()
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        recipe, source, teacher, data = _check(options.recipe, options.overrides, is_main)
+    except UserError:
+        if is_main:
+            raise
+        sys.exit(2)  # every rank finds the same mistake; the first one tells
 
-    recipe = load_recipe(options.recipe, options.overrides)
+    from longred_megatron.parallel import groups
+    from longred_megatron.training.run import build, train
+
+    run = build(recipe, source, teacher, data, groups.initialize(recipe.parallel, recipe.training.seed))
+    try:
+        train(run)
+    finally:
+        groups.destroy()
+
+
+def _check(
+    path: Path, overrides: Sequence[str], is_main: bool
+) -> tuple[Recipe, Architecture, Architecture | None, "MicroBatchSource"]:
+    """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
+    recipe = load_recipe(path, overrides)
     source = read_architecture(recipe.model.hf)
     teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -46,20 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     check_run_folder(recipe)
     data = MicroBatchSource(recipe)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main:
         for blend in recipe.data.values():
             for prefix in blend:
                 check_tokens(prefix, source.vocab_size)
         print(startup_summary(recipe, source, world_size, teacher), flush=True)
-
-    from longred_megatron.parallel import groups
-    from longred_megatron.training.run import build, train
-
-    run = build(recipe, source, teacher, data, groups.initialize(recipe.parallel, recipe.training.seed))
-    try:
-        train(run)
-    finally:
-        groups.destroy()
+    return recipe, source, teacher, data
 
 
 def _silence_libraries() -> None:

@@ -8,6 +8,7 @@ CPT on equally many long-text tokens, exports both and compares them with the or
 made again.
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -48,12 +49,12 @@ def main() -> None:
             prefix.parent.mkdir(parents=True, exist_ok=True)
             print(f"{name}: {prepare([texts[name]], BASE / 'tokenizer.model', prefix).tokens:,} tokens")
     _say(3, "extend the window by Long CPT: cross-entropy on long texts")
-    _run("-m", "longred_megatron.train", "recipes/tiny_long_cpt.yaml")
+    _train("recipes/tiny_long_cpt.yaml")
     _say(
         4,
         "extend the window by LongReD-C: the same long texts, and what the original model does on short ones",
     )
-    _run("-m", "longred_megatron.train", "recipes/tiny_longred_c.yaml")
+    _train("recipes/tiny_longred_c.yaml")
     _say(5, "compare")
     report = evaluate(
         [BASE, RUNS / "tiny_long_cpt/hf", RUNS / "tiny_longred_c/hf"],
@@ -72,11 +73,26 @@ def _say(number: int, what: str) -> None:
     print(f"\n[{number}/5] {what}", flush=True)
 
 
+def _train(recipe: str) -> None:
+    """On two data-parallel ranks, a core each, where there are two: the result does not depend on it."""
+    ranks = min(2, os.cpu_count() or 1)
+    _run(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        "-m",
+        "longred_megatron.train",
+        recipe,
+    )
+
+
 def _run(*arguments: object, made: Path | None = None) -> None:
     """Runs a command of the project in a process of its own, as a user would; not if `made` exists."""
     if made is not None and made.exists():
         return
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment)
     if done.returncode:
         raise UserError(
             f"`{' '.join(map(str, arguments))}` failed with exit code {done.returncode}; its message is above"
