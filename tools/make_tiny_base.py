@@ -24,7 +24,7 @@ from longred_megatron.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSET, BUILD = ROOT / "tests/assets/tiny_base", ROOT / "build/tiny_base"
-SETS = ("repeats", "numbers", "keys", "keys_128", "repeats_512", "keys_512", "many_keys_512", "text")
+SETS = ("repeats", "numbers", "keys", "keys_128", "repeats_512", "keys_512", "many_keys_512", "bare_keys_512", "text")
 SEED = 2024
 
 

@@ -146,12 +146,13 @@ def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: ran
         yield key_text(next(rng.choice(fillers)), rng.randint(1, max_keys), rng.randint(2, 4), rng)
 
 
-def _many_keys(num_texts: int, num_characters: Sequence[int], rng: random.Random) -> Iterator[str]:
-    """6 to 14 keys between library lines, each stated twice: a lookup over any distance of the text for each."""
+def _many_keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
+    """Up to max_keys keys, each stated twice, so that each has one lookup, over any distance of the text."""
     texts = training_texts()
     fillers = [stretches(texts, length, rng) for length in num_characters]
     for _ in range(num_texts):
-        yield key_text(next(rng.choice(fillers)), rng.randint(6, 14), 2, rng)
+        filler = next(rng.choice(fillers)) if fillers else []
+        yield key_text(filler, rng.randint(max_keys // 2, max_keys), 2, rng)
 
 
 def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[str]:
@@ -169,7 +170,8 @@ SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
     "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
     "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
     "keys_512": lambda share, rng: _keys(round(8_000 * share), (300, 600, 900, 1200), 8, rng),
-    "many_keys_512": lambda share, rng: _many_keys(round(8_000 * share), (200, 500, 800, 1100), rng),
+    "many_keys_512": lambda share, rng: _many_keys(round(8_000 * share), (200, 500, 800, 1100), 14, rng),
+    "bare_keys_512": lambda share, rng: _many_keys(round(6_000 * share), (), 27, rng),
     "text": lambda share, rng: training_texts(),
     # Its window extended from 512 to 2048 tokens.
     "long": lambda share, rng: [text for text in training_texts() if len(text) > 6000],
