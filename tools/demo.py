@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from longred_megatron.data.prepare import prepare
 from longred_megatron.data.synthetic import write_sets
 from longred_megatron.errors import UserError, run_cli
@@ -28,6 +30,7 @@ SEED = 2024
 
 
 def main() -> None:
+    disable_progress_bar()  # transformers', for weights that load in no time
     started = time.perf_counter()
     _say(1, "check that the base model converts to Megatron and back")
     _run(
