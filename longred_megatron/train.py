@@ -63,6 +63,7 @@ def _check(
     teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = check_recipe(recipe, source, teacher, world_size)
+    problems += _cpu_problems(recipe)
     if problems:
         raise UserError(*problems)
 
@@ -78,6 +79,18 @@ def _check(
                 check_tokens(prefix, source.vocab_size)
         print(startup_summary(recipe, source, world_size, teacher), flush=True)
     return recipe, source, teacher, data
+
+
+def _cpu_problems(recipe: Recipe) -> list[str]:
+    import torch
+
+    cut = [name for name, objective in recipe.objectives.items() if objective.context_parallel != 1]
+    if torch.cuda.is_available() or recipe.parallel.context == 1 or not cut:
+        return []
+    return [
+        f"parallel.context: {recipe.parallel.context} cuts the sequences of {', '.join(cut)}, which attention on a CPU "
+        "cannot do yet; set it to 1, or give these objectives context_parallel: 1"
+    ]
 
 
 def _silence_libraries() -> None:

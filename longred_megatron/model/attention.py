@@ -14,7 +14,8 @@ class SequenceLayout(PackedSeqParams):
     """How a micro-batch's tokens are cut into sequences.
 
     Travels with the micro-batch through Megatron's `packed_seq_params` argument: attention may run again during the
-    backward pass of another micro-batch's turn, so nothing of this may be kept in a module.
+    backward pass of another micro-batch's turn, so nothing of this may be kept in a module. With context parallelism,
+    Megatron's `cp_group` is the group that shares each sequence, or `local_cp_size` is 1 where ranks hold whole ones.
     """
 
     qkv_format: str = "bshd"
@@ -56,7 +57,7 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params: SequenceLayout | None = None,
     ) -> Tensor:
         """[tokens, 1, heads or kv_heads, head_dim] each -> [tokens, 1, heads x head_dim]."""
-        assert packed_seq_params is not None
+        assert packed_seq_params is not None and packed_seq_params.cp_group is None  # see train.py
         # [sequences, heads, sequence_length, head_dim]
         q, k, v = (_by_sequence(x, packed_seq_params).transpose(1, 2).float() for x in (query, key, value))
         out = torch.nn.functional.scaled_dot_product_attention(

@@ -56,11 +56,12 @@ class Stage(GPTModel):
         return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, layers: Collection[int] = ()
+        self, tokens: Tensor, positions: Tensor, layers: Collection[int] = (), whole_sequences: bool = False
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Args:
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
             layers: layer numbers whose outputs are wanted; those of other stages are ignored.
+            whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
 
         Returns:
             The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
@@ -73,7 +74,7 @@ class Stage(GPTModel):
             hidden,
             attention_mask=None,
             rotary_pos_emb=rotary_table(positions, self.frequencies),
-            packed_seq_params=SequenceLayout(num_sequences=tokens.shape[0]),
+            packed_seq_params=self._layout(tokens.shape[0], whole_sequences),
             extract_layer_indices={k - 1 for k in inner},
         )
         output, extracted = output if inner else (output, [])
@@ -81,6 +82,14 @@ class Stage(GPTModel):
         if self.architecture.num_layers in wanted:
             states[self.architecture.num_layers] = output
         return output, states
+
+    def _layout(self, num_sequences: int, whole_sequences: bool) -> SequenceLayout:
+        context = self.pg_collection.cp
+        if context.size() == 1:
+            return SequenceLayout(num_sequences=num_sequences)
+        if whole_sequences:
+            return SequenceLayout(num_sequences=num_sequences, local_cp_size=1)
+        return SequenceLayout(num_sequences=num_sequences, cp_group=context)
 
     def head_weight(self) -> Tensor:
         """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""

@@ -93,7 +93,12 @@ class TrainStep:
 
         def forward(iterator: Iterator[tuple[int, MicroBatch]], stage: Stage) -> tuple[Tensor, None]:
             i, microbatch = next(iterator)
-            output, states = stage(microbatch.tokens, microbatch.teacher_positions, self.layers[microbatch.objective])
+            output, states = stage(
+                microbatch.tokens,
+                microbatch.teacher_positions,
+                self.layers[microbatch.objective],
+                microbatch.context_parallel == 1,
+            )
             targets[i] |= states
             # The last stage has nobody to send to; its states are kept above.
             return output if not stage.post_process else output[:0], None
@@ -114,7 +119,10 @@ class TrainStep:
             i, microbatch = next(iterator)
             stage: Stage = chunk.module
             output, states = chunk(
-                microbatch.tokens, microbatch.student_positions, self.layers.get(microbatch.objective, ())
+                microbatch.tokens,
+                microbatch.student_positions,
+                self.layers.get(microbatch.objective, ()),
+                microbatch.context_parallel == 1,
             )
             stage_targets = {k: targets[i].pop(k) for k in states}
             own = stage_losses(stage, microbatch, output, states, stage_targets, self.groups)
