@@ -41,12 +41,12 @@ def reduce_losses(
     split over them) tensor ranks; loss = (1/M) * sum over objectives of weight * micro-batches * loss/<objective>.
     One sum over the whole world: a share that every tensor rank holds is divided by their number first.
     """
-    total = torch.zeros(len(names), dtype=torch.float64)
+    # Summed on the device: one copy to the host a step, not one a loss.
+    total = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
     for shares in losses:
         for name, share in shares.items():
             copies = 1 if "layer_" in name and recipe.parallel.sequence else groups.tp.size()
-            total[names.index(name)] += share.double().cpu() / copies
-    total = total.to(torch.cuda.current_device())
+            total[names.index(name)] += share.double() / copies
     torch.distributed.all_reduce(total)  # the world: every rank holds shares of some micro-batch, stage or tokens
     values = dict(zip(names, total.tolist(), strict=True))
     step_loss = 0.0

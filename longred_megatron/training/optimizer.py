@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from megatron.core.distributed import (
@@ -45,7 +44,7 @@ def data_parallel(
     )
     chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in stages]
     for chunk in chunks:
-        chunk.config.finalize_model_grads_func = partial(finalize_model_grads)
+        chunk.config.finalize_model_grads_func = finalize_model_grads
         if overlap:
             chunk.config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return chunks

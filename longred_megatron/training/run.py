@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def _prefetched(run: Run, first: int, last: int) -> Iterator[tuple[int, list[Mic
             yield step, microbatches
 
 
-def _check_finite(metrics: dict[str, Any], folder: Any) -> None:
+def _check_finite(metrics: dict[str, Any], folder: Path) -> None:
     name = m.first_non_finite(metrics)
     if name is None:
         return
