@@ -9,23 +9,52 @@ build/tiny_base; the last export's weights replace those in tests/assets/tiny_ba
 the input.
 """
 
+import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longred_megatron.data.prepare import prepare
 from longred_megatron.data.synthetic import write_sets
+from longred_megatron.data.tokenizer import load_tokenizer
 from longred_megatron.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSET, BUILD = ROOT / "tests/assets/tiny_base", ROOT / "build/tiny_base"
-SETS = ("repeats", "numbers", "keys", "keys_128", "repeats_512", "keys_512", "many_keys_512", "bare_keys_512", "text")
+SETS = (
+    "repeats_128",
+    "short_repeats_128",
+    "long_repeats_128",
+    "bare_keys_128",
+    "keys_128",
+    "keys_512",
+    "repeats_512",
+    "text",
+)
 SEED = 2024
+
+
+def write_windows(texts: Path, prefix: Path, num_tokens: int) -> int:
+    """Indexes the first `num_tokens` tokens of each text, so that a training sequence is one text: a key asked for
+    was said in it. Returns their number; shorter texts are left out."""
+    tokenizer = load_tokenizer(ASSET / "tokenizer.model")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    num_windows = 0
+    for line in texts.read_text(encoding="utf-8").splitlines():
+        tokens = tokenizer.encode(json.loads(line)["text"])[:num_tokens]
+        if len(tokens) == num_tokens:
+            builder.add_document(np.asarray(tokens), [num_tokens])
+            num_windows += 1
+    builder.finalize(f"{prefix}.idx")
+    return num_windows
 
 
 def write_start(asset: Path, output: Path, seed: int) -> None:
@@ -44,16 +73,24 @@ def write_start(asset: Path, output: Path, seed: int) -> None:
 def main() -> None:
     texts = {name: BUILD / "texts" / f"{name}.jsonl" for name in SETS}
     write_sets(BUILD / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
+    (BUILD / "data").mkdir(exist_ok=True)
     for name, path in texts.items():
         prefix = BUILD / "data" / name
-        if not prefix.with_suffix(".idx").exists():
-            prefix.parent.mkdir(parents=True, exist_ok=True)
+        if prefix.with_suffix(".idx").exists():
+            continue
+        if name == "text":
             print(f"{name}: {prepare([path], ASSET / 'tokenizer.model', prefix).tokens:,} tokens", flush=True)
+        else:
+            num_tokens = int(name.rpartition("_")[2])
+            print(f"{name}: {write_windows(path, prefix, num_tokens):,} x {num_tokens} tokens", flush=True)
     if not (BUILD / "start").exists():
         write_start(ASSET, BUILD / "start", SEED)
     for recipe in sorted((ROOT / "recipes").glob("tiny_base_*.yaml")):
         print(f"\n{recipe.name}", flush=True)
-        if subprocess.run([sys.executable, "-m", "longred_megatron.train", recipe], cwd=ROOT).returncode:
+        ranks = min(2, os.cpu_count() or 1)
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [sys.executable, *launcher, "-m", "longred_megatron.train", str(recipe)]
+        if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
             raise UserError(
                 f"{recipe} did not finish; its message is above; the same command goes on from its checkpoint"
             )

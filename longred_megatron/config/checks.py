@@ -194,12 +194,21 @@ def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) 
             f"key/value heads and {architecture.intermediate_size} feed-forward units of {whose}; "
             f"nearest: {_divisors(cut, parallel.tensor)}"
         )
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    if architecture.num_layers % chunks:
+    chunks = parallel.num_chunks
+    if parallel.layers_per_stage is not None:
+        sizes = list(parallel.layers_per_stage)
+        if len(sizes) != chunks or sum(sizes) != architecture.num_layers:
+            yield (
+                f"`parallel.layers_per_stage` is {sizes}: must be {chunks} numbers, one for each of pipeline x "
+                f"virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline or 1} chunks, that add up to the "
+                f"{architecture.num_layers} layers of {whose}{_even_split(architecture.num_layers, chunks)}"
+            )
+    elif architecture.num_layers % chunks:
         yield (
             f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
             f"{parallel.virtual_pipeline or 1} = {chunks}: must divide the {architecture.num_layers} layers "
-            f"of {whose}; nearest products: {_divisors(architecture.num_layers, chunks)}"
+            f"of {whose}; nearest products: {_divisors(architecture.num_layers, chunks)}, "
+            f"or set `parallel.layers_per_stage`{_even_split(architecture.num_layers, chunks)}"
         )
 
 
@@ -306,6 +315,12 @@ def _multiples(value: int, of: int) -> str:
     """The multiples of `of` on both sides of `value`, from `of` on."""
     below, above = value // of * of, -(-value // of) * of
     return _listed([below, above] if 0 < below < above else [above])
+
+
+def _even_split(number: int, parts: int) -> str:
+    """An example of `parts` positive numbers with the sum `number`; nothing where there is none."""
+    sizes = [(i + 1) * number // parts - i * number // parts for i in range(parts)]
+    return f", for instance {sizes}" if min(sizes) > 0 else ""
 
 
 def _divisors(number: int, value: int) -> str:

@@ -5,6 +5,7 @@ Values are strict: the text "8" is not a number and `true` is not 1. Unknown key
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -184,8 +185,22 @@ class Parallel(Settings):
     virtual_pipeline: Annotated[int, Field(ge=2)] | None = Field(
         None, description="model chunks per pipeline stage (interleaved schedule); null: one"
     )
+    layers_per_stage: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+        None, description="layers of each of the pipeline x virtual_pipeline chunks, in order; null: equally many"
+    )
     context: PositiveInt = Field(1, description="ranks that share each micro-batch's tokens")
     sequence: bool = Field(False, description="Megatron's sequence parallelism; needs tensor > 1")
+
+    @property
+    def num_chunks(self) -> int:
+        """Pipeline stages times the model chunks on each. Chunk i lies on stage i mod `pipeline`."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def chunk_layers(self, num_layers: int) -> list[range]:
+        """The layer numbers (from 1) of each chunk."""
+        sizes = self.layers_per_stage or (num_layers // self.num_chunks,) * self.num_chunks
+        ends = list(accumulate(sizes))
+        return [range(end - size + 1, end + 1) for size, end in zip(sizes, ends, strict=True)]
 
 
 class Precision(Settings):

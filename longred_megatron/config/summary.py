@@ -186,8 +186,7 @@ def _deepest_layer(recipe: Recipe, teacher: Architecture) -> int:
 
 
 def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, *, with_head: bool) -> float:
-    """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they "
-    "are."""
+    """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they are."""
     if num_layers == 0:
         return 0
     parallel = recipe.parallel
@@ -201,14 +200,9 @@ def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: in
 
 
 def _stages(recipe: Recipe, architecture: Architecture) -> list[list[int]]:
-    """Layer numbers (from 1) of each pipeline stage: chunk c of the interleaved schedule goes to stage c "
-    "mod pp."""
-    pipeline = recipe.parallel.pipeline
-    chunk = architecture.num_layers // (pipeline * (recipe.parallel.virtual_pipeline or 1))
-    return [
-        [k for k in range(1, architecture.num_layers + 1) if (k - 1) // chunk % pipeline == stage]
-        for stage in range(pipeline)
-    ]
+    """Layer numbers (from 1) of each pipeline stage."""
+    chunks, pipeline = recipe.parallel.chunk_layers(architecture.num_layers), recipe.parallel.pipeline
+    return [[number for chunk in chunks[stage::pipeline] for number in chunk] for stage in range(pipeline)]
 
 
 def _rank_tokens(recipe: Recipe) -> float:
@@ -238,7 +232,7 @@ def _activation_elements(recipe: Recipe, architecture: Architecture, replicas: i
     in_flight = float(min(parallel.pipeline, microbatches))
     if parallel.virtual_pipeline is not None:
         in_flight *= 1 + (parallel.pipeline - 1) / (parallel.pipeline * parallel.virtual_pipeline)
-    layers = architecture.num_layers / parallel.pipeline
+    layers = len(_stages(recipe, architecture)[0])
     working_set = _layer_elements(recipe, architecture)
     if recipe.training.recompute == "full":
         return in_flight * layers * _rank_tokens(recipe) * architecture.hidden_size + working_set

@@ -4,7 +4,7 @@ Three kinds of text:
 
 - *code and prose*: the sources of the Python standard library and the help topics of `pydoc`;
 - *repeats*: lines of random words, each said several times, from which a small model learns to copy;
-- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of
+- *keys*: the sentences of `data.retrieval_text`, each said more than once, alone or between lines of
   the library. Every later saying can only be predicted by finding an earlier one, so one text holds many
   retrieval exercises over many distances.
 
@@ -16,11 +16,14 @@ import math
 import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice, repeat, takewhile
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from longred_megatron.data.retrieval_text import WORDS, draw_keys, needle
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.retrieval_text import WORDS, draw_keys, needle
+
+NEEDLE_TOKENS = 9  # of a needle, newline included, by the tokenizer of tests/assets/tiny_base
 
 # Never trained on: perplexity is measured here, and retrieval between these lines.
 HELD_OUT_MODULES = (
@@ -108,8 +111,9 @@ def repeat_text(num_words: int, num_sayings: int, rng: random.Random) -> str:
 
 
 def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random.Random) -> str:
-    """Pass keys of `num_keys` words, each stated `num_sayings` times at random places in the filler."""
-    sayings = [needle(word, value) for word, value in draw_keys(num_keys, rng)] * num_sayings
+    """Pass keys of `num_keys` words, stated `num_sayings` times in all, evenly, at random places in the filler."""
+    needles = [needle(word, value) for word, value in draw_keys(num_keys, rng)]
+    sayings = list(islice(cycle(needles), num_sayings))
     rng.shuffle(sayings)
     before: dict[int, list[str]] = {}
     for saying in sayings:
@@ -117,42 +121,31 @@ def key_text(filler: Sequence[str], num_keys: int, num_sayings: int, rng: random
     return "".join("".join(before.get(place, [])) + line for place, line in enumerate([*filler, ""]))
 
 
-def _repeats(num_texts: int, max_words: int, rng: random.Random) -> Iterator[str]:
-    """Lines of 3 to max_words words, mostly short, said until there are about 2 max_words words."""
+def _repeats(num_texts: int, num_tokens: int, draw_num_words: Callable[[], int], rng: random.Random) -> Iterator[str]:
+    """Lines of random words, said until there are num_tokens tokens or more."""
     for _ in range(num_texts):
-        num_words = int(math.exp(rng.uniform(math.log(3), math.log(max_words + 1))))
-        yield repeat_text(num_words, min(max(2 * max_words // num_words, 2), 12), rng)
+        num_words = draw_num_words()
+        yield repeat_text(num_words, num_tokens // (num_words + 1) + 1, rng)
 
 
-def _bare_keys(num_texts: int, rng: random.Random) -> Iterator[str]:
+def _keys(num_texts: int, num_tokens: int, fewest_sayings: int, rng: random.Random) -> Iterator[str]:
+    """Keys between library lines, from `fewest_sayings` to nothing but sayings, mostly few keys.
+
+    Nearly all texts have num_tokens tokens or more, since few lines have more than 3.2 characters a token.
+    """
+    texts, most_sayings = training_texts(), num_tokens // NEEDLE_TOKENS + 1
+    doubled = (fewest_sayings * 2**i for i in range(most_sayings))
+    choices = [*takewhile(lambda num_sayings: num_sayings < most_sayings, doubled), most_sayings]
+    filler_characters = [round(3.2 * (num_tokens - NEEDLE_TOKENS * num_sayings)) for num_sayings in choices[:-1]]
+    fillers = [*(stretches(texts, length, rng) for length in filler_characters), repeat([])]
     for _ in range(num_texts):
-        yield key_text([], rng.randint(1, 6), rng.randint(2, 5), rng)
+        filler, num_sayings = rng.choice(list(zip(fillers, choices, strict=True)))
+        yield key_text(next(filler), _mostly_small(1, num_sayings // 2, rng), num_sayings, rng)
 
 
-def _numbers(num_texts: int, rng: random.Random) -> Iterator[str]:
-    """Bare keys whose values are numbers of five digits: copying several tokens in a row."""
-    for _ in range(num_texts):
-        words = rng.sample(WORDS, rng.randint(1, 3))
-        sayings = [needle(word, f"{rng.randrange(10**5):05}") for word in words] * rng.randint(3, 6)
-        rng.shuffle(sayings)
-        yield "".join(sayings)
-
-
-def _keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
-    """Keys between library lines, as many characters of them as one of `num_characters`."""
-    texts = training_texts()
-    fillers = [stretches(texts, length, rng) for length in num_characters]
-    for _ in range(num_texts):
-        yield key_text(next(rng.choice(fillers)), rng.randint(1, max_keys), rng.randint(2, 4), rng)
-
-
-def _many_keys(num_texts: int, num_characters: Sequence[int], max_keys: int, rng: random.Random) -> Iterator[str]:
-    """Up to max_keys keys, each stated twice, so that each has one lookup, over any distance of the text."""
-    texts = training_texts()
-    fillers = [stretches(texts, length, rng) for length in num_characters]
-    for _ in range(num_texts):
-        filler = next(rng.choice(fillers)) if fillers else []
-        yield key_text(filler, rng.randint(max_keys // 2, max_keys), 2, rng)
+def _mostly_small(smallest: int, largest: int, rng: random.Random) -> int:
+    """A whole number whose logarithm is spread evenly."""
+    return min(int(math.exp(rng.uniform(math.log(smallest), math.log(largest + 1)))), largest)
 
 
 def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[str]:
@@ -163,19 +156,20 @@ def _plain(num_texts: int, num_characters: int, rng: random.Random) -> Iterator[
 
 # The tokenizer of tests/assets/tiny_base has 2.6 characters a token here, and each of WORDS is one token.
 SETS: Mapping[str, Callable[[float, random.Random], Iterable[str]]] = {
-    # The tiny base model: windows of 128, then 512 tokens.
-    "repeats": lambda share, rng: _repeats(round(16_000 * share), 40, rng),
-    "numbers": lambda share, rng: _numbers(round(12_000 * share), rng),
-    "keys": lambda share, rng: _bare_keys(round(24_000 * share), rng),
-    "keys_128": lambda share, rng: _keys(round(20_000 * share), (60, 120, 180, 240), 4, rng),
-    "repeats_512": lambda share, rng: _repeats(round(6_000 * share), 200, rng),
-    "keys_512": lambda share, rng: _keys(round(8_000 * share), (300, 600, 900, 1200), 8, rng),
-    "many_keys_512": lambda share, rng: _many_keys(round(8_000 * share), (200, 500, 800, 1100), 14, rng),
-    "bare_keys_512": lambda share, rng: _many_keys(round(6_000 * share), (), 27, rng),
+    # The tiny base model, in windows of 128, then 512 tokens: see tools/make_tiny_base.py.
+    "repeats_128": lambda share, rng: _repeats(round(30_000 * share), 128, lambda: _mostly_small(3, 60, rng), rng),
+    "short_repeats_128": lambda share, rng: _repeats(
+        round(20_000 * share), 128, lambda: _mostly_small(3, 20, rng), rng
+    ),
+    "long_repeats_128": lambda share, rng: _repeats(round(20_000 * share), 128, lambda: rng.randint(3, 62), rng),
+    "bare_keys_128": lambda share, rng: _keys(round(40_000 * share), 128, 15, rng),
+    "keys_128": lambda share, rng: _keys(round(40_000 * share), 128, 2, rng),
+    "keys_512": lambda share, rng: _keys(round(20_000 * share), 512, 2, rng),
+    "repeats_512": lambda share, rng: _repeats(round(4_000 * share), 512, lambda: rng.randint(3, 250), rng),
     "text": lambda share, rng: training_texts(),
     # Its window extended from 512 to 2048 tokens.
     "long": lambda share, rng: [text for text in training_texts() if len(text) > 6000],
-    "long_keys": lambda share, rng: _keys(round(300 * share), (4500,), 12, rng),
+    "long_keys": lambda share, rng: _keys(round(600 * share), 2048, 4, rng),
     "window": lambda share, rng: _plain(round(1_000 * share), 1500, rng),
     "short": lambda share, rng: _plain(round(2_000 * share), 700, rng),
     # Never trained on.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
@@ -57,13 +58,57 @@ class SdpaAttention(torch.nn.Module):
         packed_seq_params: SequenceLayout | None = None,
     ) -> Tensor:
         """[tokens, 1, heads or kv_heads, head_dim] each -> [tokens, 1, heads x head_dim]."""
-        assert packed_seq_params is not None and packed_seq_params.cp_group is None  # see train.py
-        # [sequences, heads, sequence_length, head_dim]
-        q, k, v = (_by_sequence(x, packed_seq_params).transpose(1, 2).float() for x in (query, key, value))
+        assert packed_seq_params is not None
+        group = packed_seq_params.cp_group
+        if group is None:
+            out = self._attend(*(_by_sequence(x, packed_seq_params) for x in (query, key, value)))
+        else:
+            out = self._attend_across(query, key, value, packed_seq_params, group)
+        return out.reshape(query.shape[0], 1, -1).to(query.dtype)
+
+    def _attend_across(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SequenceLayout,
+        group: torch.distributed.ProcessGroup,
+    ) -> Tensor:
+        """This rank's two pieces of every sequence (`parallel.context`) against all the keys before them.
+
+        Keys and values of all ranks travel in one message; their gradients return in one, summed.
+        """
+        size, rank = group.size(), group.rank()
+        gathered = gather_from_sequence_parallel_region(torch.stack((key, value), dim=2), group=group)
+        # [ranks, sequences, first or second piece, piece length, 1, keys or values, heads, head_dim]
+        pieces = gathered.view(size, layout.num_sequences, 2, -1, *gathered.shape[1:])
+        in_order = torch.cat((pieces[:, :, 0], pieces[:, :, 1].flip(0)))  # [2 x ranks, sequences, ...]
+        keys, values = in_order.transpose(0, 1).flatten(1, 3).unbind(2)
+        first, second = _by_sequence(query, layout).chunk(2, dim=1)
+        length = first.shape[1]
+        out = [
+            self._attend(q, keys[:, :end], values[:, :end])
+            for q, end in ((first, (rank + 1) * length), (second, (2 * size - rank) * length))
+        ]
+        return torch.cat(out, dim=1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[sequences, queries or keys, heads or kv_heads, head_dim] each; the queries are the last keys' tokens."""
+        q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
+        num_queries, num_keys = q.shape[2], k.shape[2]
+        mask = None
+        if num_queries < num_keys:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
         out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out.transpose(1, 2).reshape(query.shape[0], 1, -1).to(query.dtype)
+        return out.transpose(1, 2)
 
 
 def transformer_engine_attention() -> type:

@@ -65,6 +65,11 @@ def transformer_config(
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
+    if parallel.layers_per_stage:
+        chunks = [["decoder"] * size for size in parallel.layers_per_stage]
+        chunks[0].insert(0, "embedding")
+        chunks[-1].append("loss")
+        settings["pipeline_model_parallel_layout"] = chunks
     if parallel.virtual_pipeline:
         # With two stages both neighbours are the same rank; batched messages would be swapped without an error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}

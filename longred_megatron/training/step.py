@@ -90,6 +90,10 @@ class TrainStep:
         taught = [(i, m) for i, m in enumerate(microbatches) if m.teacher_positions is not None]
         if not taught:
             return targets
+        if self.recipe.parallel.virtual_pipeline:
+            # The interleaved schedule takes one group of any size from the number of stages on: it is filled up.
+            taught += taught[-1:] * (self.groups.pp.size() - len(taught))
+            self.teacher[0].config.microbatch_group_size_per_vp_stage = len(taught)
 
         def forward(iterator: Iterator[tuple[int, MicroBatch]], stage: Stage) -> tuple[Tensor, None]:
             i, microbatch = next(iterator)
@@ -99,7 +103,8 @@ class TrainStep:
                 self.layers[microbatch.objective],
                 microbatch.context_parallel == 1,
             )
-            targets[i] |= states
+            # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
+            targets[i] |= {k: state.detach() for k, state in states.items()}
             # The last stage has nobody to send to; its states are kept above.
             return output if not stage.post_process else output[:0], None
 

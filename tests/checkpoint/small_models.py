@@ -50,9 +50,18 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def write_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> Path:
-    """A model of `MODELS` with every parameter random: transformers starts norms at one, biases at zero."""
-    model = AutoModelForCausalLM.from_config(MODELS[name](), dtype=dtype)
+def write_model(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, sizes: dict[str, Any] | None = None, **save: Any
+) -> Path:
+    """A model of `MODELS` with every parameter random: transformers starts norms at one, biases at zero.
+
+    sizes: other values for keys of its config.
+    """
+    config = MODELS[name]()
+    if sizes:
+        settings = {key: value for key, value in config.to_dict().items() if key != "layer_types"}  # one a layer
+        config = type(config)(**settings | sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.3, generator=generator)

@@ -9,17 +9,17 @@ import pytest
 import sentencepiece
 
 from longred_megatron.data import synthetic
-from longred_megatron.errors import UserError
-from longred_megatron.evaluation.retrieval_text import (
+from longred_megatron.data.retrieval_text import (
     WORDS,
     answer,
     draw_keys,
     needle,
     query,
 )
+from longred_megatron.errors import UserError
 
 TOKENIZER = Path(__file__).parents[1] / "assets" / "tiny_base" / "tokenizer.model"
-DRAWN = ["repeats", "keys", "keys_128", "short"]  # one of each kind
+DRAWN = ["repeats_128", "bare_keys_128", "keys_128", "short"]  # one of each kind
 
 
 def read(path: Path) -> list[str]:
@@ -38,9 +38,9 @@ def test_words_differ_and_are_one_token_each() -> None:
     assert [word for word in WORDS if len(tokenizer.encode(f" {word}")) != 1] == []
 
 
-def test_key_text_states_each_key_as_often_as_asked_and_keeps_the_filler_in_order() -> None:
+def test_key_text_states_every_key_equally_often_and_keeps_the_filler_in_order() -> None:
     filler = [f"line {number}\n" for number in range(20)]
-    lines = synthetic.key_text(filler, 3, 4, random.Random(1)).splitlines(keepends=True)
+    lines = synthetic.key_text(filler, 3, 12, random.Random(1)).splitlines(keepends=True)
     sayings = [line for line in lines if line not in filler]
     assert [line for line in lines if line in filler] == filler
     stated = {re.fullmatch(r"The pass key of (\w+) is (\w+)\.\n", line).groups() for line in sayings}  # type: ignore[union-attr]
@@ -57,6 +57,18 @@ def test_keys_are_spread_over_every_place() -> None:
         if line.startswith("The pass key")
     }
     assert places == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["repeats_128", "short_repeats_128", "long_repeats_128", "bare_keys_128", "keys_128", "keys_512", "repeats_512"],
+)
+def test_texts_named_for_a_number_of_tokens_nearly_all_have_as_many(name: str, tmp_path: Path) -> None:
+    num_tokens = int(name.rpartition("_")[2])
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
+    [path] = synthetic.write_sets(tmp_path, [name], seed=1, share=0.01)
+    lengths = [len(tokenizer.encode(text)) for text in read(path)]
+    assert sum(length >= num_tokens for length in lengths) >= 0.95 * len(lengths)
 
 
 def test_repeat_text_says_one_line_again() -> None:
@@ -98,8 +110,8 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_written(tmp_path: P
     for name in DRAWN:
         synthetic.write_sets(tmp_path / "alone", [name], seed=3, share=0.005)
         assert (tmp_path / "alone" / f"{name}.jsonl").read_bytes() == (tmp_path / "all" / f"{name}.jsonl").read_bytes()
-    synthetic.write_sets(tmp_path / "other", ["keys"], seed=4, share=0.005)
-    assert (tmp_path / "other" / "keys.jsonl").read_bytes() != (tmp_path / "all" / "keys.jsonl").read_bytes()
+    synthetic.write_sets(tmp_path / "other", ["keys_128"], seed=4, share=0.005)
+    assert (tmp_path / "other" / "keys_128.jsonl").read_bytes() != (tmp_path / "all" / "keys_128.jsonl").read_bytes()
 
 
 def test_written_texts_are_counted_and_scaled(tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
-import pytest
+from pathlib import Path
 
-from longred_megatron.config import Optimizer
-from longred_megatron.training.optimizer import learning_rate
+import pytest
+import torch
+
+from longred_megatron.config import Optimizer, Parallel
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.training.optimizer import learning_rate, set_hyperparameters
+from tests.training.workspace import build_run, make_workspace
 
 
 def rates(num_steps: int, **settings: object) -> list[float]:
@@ -24,3 +29,22 @@ def test_decay_starts_at_the_peak_and_ends_at_the_minimum(schedule: str) -> None
     assert values == sorted(values, reverse=True)
     assert values[5] == pytest.approx(0.55)  # half-way, both pass the middle
     assert (values[2] > 0.9) == (schedule == "cosine")
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms(tmp_path: Path) -> None:
+    settings = {"lr": 0.1, "weight_decay": 0.5}
+    recipe = make_workspace(tmp_path, model="llama_biases", precision={"params": "bf16"}, optimizer=settings)
+    groups = initialize(Parallel(), seed=1)
+    try:
+        run = build_run(recipe, groups)
+        before = {name: p.detach().float() for stage in run.stages for name, p in stage.named_parameters()}
+        run.optimizer.zero_grad()
+        set_hyperparameters(run.optimizer, run.recipe.optimizer, step=1, num_steps=10)
+        run.optimizer.step()  # every gradient is zero, so decay alone moves the weights: by 1 - 0.1 x 0.5
+        after = {name: p.detach().float() for stage in run.stages for name, p in stage.named_parameters()}
+    finally:
+        destroy()
+    assert any(name.endswith("bias") for name in before) and any("norm" in name for name in before)
+    for name, weights in before.items():
+        expected = 0.95 * weights if weights.dim() > 1 else weights
+        torch.testing.assert_close(after[name], expected, rtol=2**-8, atol=0, msg=name)

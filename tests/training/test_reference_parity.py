@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from longred_megatron.checkpoint import huggingface
 from longred_megatron.config import Parallel, load_recipe, read_architecture
-from longred_megatron.data.microbatch import MicroBatch, MicroBatchSource
+from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.training.run import Run, build, extended_architecture
+from longred_megatron.training.run import Run, extended_architecture
 from longred_megatron.training.step import distilled_layers
-from tests.training.workspace import make_workspace
+from tests.training.workspace import build_run, make_workspace
 
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
 # Each family once, and between them: tied and untied, biases, q/k norm, llama3 and yarn scaling.
@@ -27,13 +27,6 @@ CASES = ("llama_3", "llama_3_2", "llama_biases", "llama_yarn", "mistral", "qwen2
 def groups() -> Iterator[ProcessGroupCollection]:
     yield initialize(Parallel(), seed=1)
     destroy()
-
-
-def build_run(path: Path, groups: ProcessGroupCollection, *overrides: str) -> Run:
-    recipe = load_recipe(path, overrides)
-    source, teacher = read_architecture(recipe.model.hf), read_architecture(recipe.teacher.hf)
-    needed = teacher if recipe.needs_teacher else None
-    return build(recipe, source, needed, MicroBatchSource(recipe), groups)
 
 
 def megatron_gradients(run: Run) -> dict[str, Tensor]:

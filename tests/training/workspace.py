@@ -9,16 +9,20 @@ import numpy as np
 import torch
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoModelForCausalLM
 
+from longred_megatron.config import load_recipe, read_architecture
+from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.training.run import Run, build
 from tests.checkpoint.small_models import MODELS, SIZES, write_model
 
 WINDOW, TARGET = SIZES["max_position_embeddings"], 4 * SIZES["max_position_embeddings"]
 
 
-def make_workspace(folder: Path, model: str = "llama_3", **changes: Any) -> Path:
+def make_workspace(folder: Path, model: str = "llama_3", sizes: dict[str, Any] | None = None, **changes: Any) -> Path:
     """Writes everything under `folder` and returns the recipe's path. `changes` are sections to merge in."""
-    write_model(model, folder / "model")
+    write_model(model, folder / "model", sizes=sizes)
     write_perturbed(folder / "model", folder / "teacher")
     generator = np.random.default_rng(3)
     builder = IndexedDatasetBuilder(f"{folder / 'texts'}.bin", dtype=np.uint16)
@@ -68,6 +72,14 @@ def write_perturbed(model: Path, folder: Path) -> None:
     teacher.save_pretrained(folder)
 
 
+def build_run(path: Path, groups: ProcessGroupCollection, *overrides: str) -> Run:
+    """What `longred_megatron.train` builds for this recipe."""
+    recipe = load_recipe(path, overrides)
+    source, teacher = read_architecture(recipe.model.hf), read_architecture(recipe.teacher.hf)
+    needed = teacher if recipe.needs_teacher else None
+    return build(recipe, source, needed, MicroBatchSource(recipe), groups)
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -77,4 +89,13 @@ def without_times(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not re.search("second|memory|utilization", k)} for line in metrics]
 
 
-__all__ = ["MODELS", "TARGET", "WINDOW", "make_workspace", "read_metrics", "without_times", "write_perturbed"]
+__all__ = [
+    "MODELS",
+    "TARGET",
+    "WINDOW",
+    "build_run",
+    "make_workspace",
+    "read_metrics",
+    "without_times",
+    "write_perturbed",
+]

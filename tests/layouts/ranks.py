@@ -1,0 +1,127 @@
+"""Two steps of one recipe in any layout, on real process groups of this machine, and what came out of them."""
+
+import json
+import logging
+import multiprocessing
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.config import load_recipe
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.training.metrics import loss_names, reduce_losses
+from longred_megatron.training.optimizer import set_hyperparameters
+from tests.layouts.sabotage import SABOTAGE
+from tests.training.workspace import build_run
+
+TIMEOUT = timedelta(seconds=120)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Some steps of a recipe in a layout.
+
+    name: of the folder its outcome lies in. overrides: as on the command line. sabotage: a fault of `SABOTAGE` to
+    make on purpose. save: where to leave a checkpoint, after the first step; resume: one to start from.
+    """
+
+    name: str
+    world: int
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    sabotage: str | None = None
+    steps: range = range(1, 3)
+    save: Path | None = None
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """metrics: a step's losses and gradient norm, of each step; weights: Hugging Face tensors after the last."""
+
+    metrics: list[dict[str, float]]
+    weights: dict[str, torch.Tensor] = field(repr=False)
+
+    def last(self, num_steps: int) -> "Outcome":
+        """The same with the metrics of the last steps alone."""
+        return Outcome(self.metrics[-num_steps:], self.weights)
+
+    def difference(self, other: "Outcome") -> dict[str, float]:
+        """The largest relative difference of any loss, of the gradient norm, and of any tensor (by its norm)."""
+        assert [m.keys() for m in self.metrics] == [m.keys() for m in other.metrics]
+        assert self.weights.keys() == other.weights.keys()
+        pairs = [(n, a[n], b[n]) for a, b in zip(self.metrics, other.metrics, strict=True) for n in a]
+        tensors = [(self.weights[n], t) for n, t in other.weights.items()]
+        return {
+            "losses": max(_relative(a, b) for n, a, b in pairs if n != "grad_norm"),
+            "grad_norm": max(_relative(a, b) for n, a, b in pairs if n == "grad_norm"),
+            "weights": max(float((a - b).norm() / b.norm()) for a, b in tensors),
+        }
+
+
+def _relative(a: float, b: float) -> float:
+    return abs(a - b) / abs(b)
+
+
+def run_all(cases: Sequence[Case], folder: Path) -> Mapping[str, Outcome]:
+    """Runs the cases; one set of processes for all those of a world size."""
+    multiprocessing.set_forkserver_preload(["tests.layouts.ranks"])
+    for world in sorted({case.world for case in cases}):
+        own = [case for case in cases if case.world == world]
+        torch.multiprocessing.start_processes(_rank, args=(own, folder), nprocs=world, start_method="forkserver")
+    return {case.name: _outcome(folder / case.name) for case in cases}
+
+
+def _outcome(folder: Path) -> Outcome:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    weights = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+    return Outcome(metrics, weights)
+
+
+def _rank(rank: int, cases: Sequence[Case], folder: Path) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    for case in cases:
+        output = folder / case.name
+        output.mkdir(exist_ok=True)
+        store = torch.distributed.FileStore(str(output / "store"), case.world)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=case.world, timeout=TIMEOUT)
+        with SABOTAGE[case.sabotage]() if case.sabotage else nullcontext():
+            _train(case, output)
+        destroy()
+
+
+def _train(case: Case, output: Path) -> None:
+    recipe = load_recipe(case.recipe, case.overrides)
+    groups = initialize(recipe.parallel, seed=1)
+    run = build_run(case.recipe, groups, *case.overrides)
+    if case.resume:
+        distributed.load(case.resume, run.stages, run.optimizer)
+    metrics: list[dict[str, Any]] = []
+    for step in case.steps:
+        set_hyperparameters(run.optimizer, recipe.optimizer, step, recipe.training.steps)
+        result = run.train_step(run.data.step(step, groups.dp.rank(), groups.dp.size()))
+        names = loss_names(run.train_step.layers, [name for name, _ in recipe.objectives.items()])
+        losses = reduce_losses(result.losses, names, recipe, groups)
+        metrics.append(losses | {"grad_norm": result.grad_norm})
+        if case.save and step == case.steps[0]:
+            distributed.save(case.save, run.stages, {}, run.optimizer)
+    if torch.distributed.get_rank() == 0:
+        (output / "metrics.json").write_text(json.dumps(metrics))
+    if groups.dp.rank() == 0 and groups.cp.rank() == 0:
+        tensors = {
+            name: tensor.clone()
+            for part in huggingface.full_tensors(run.stages, run.student, groups)
+            for name, tensor in part.items()
+        }
+        if groups.tp.rank() == 0:
+            save_file(tensors, output / f"stage-{groups.pp.rank()}.safetensors")

@@ -1,0 +1,100 @@
+"""Faults that layouts are known to suffer from, made on purpose: the comparison with one process must see each."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from longred_megatron.data.microbatch import MicroBatch
+from longred_megatron.model import attention, injection
+from longred_megatron.training import metrics, step
+
+
+@contextmanager
+def positions_not_cut() -> Iterator[None]:
+    """Every context-parallel rank takes the first of the positions, not its own."""
+    cut = step.TrainStep._cut
+
+    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> MicroBatch:
+        local, size = cut(self, microbatch), self.groups.cp.size()
+        return replace(local, student_positions=microbatch.student_positions.chunk(size, dim=1)[0])
+
+    with patch.object(step.TrainStep, "_cut", faulty):
+        yield
+
+
+@contextmanager
+def weight_of_another_microbatch() -> Iterator[None]:
+    """The scale of an injected loss is kept in the class, as in Megatron's auxiliary losses."""
+
+    class Injected(torch.autograd.Function):
+        latest = torch.ones(())
+
+        @staticmethod
+        def forward(ctx: Any, output: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+            ctx.value = loss.detach()
+            Injected.latest = loss.detach()
+            return output.view_as(output)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return gradient, Injected.latest / ctx.value
+
+    with patch.object(injection._InjectLoss, "apply", Injected.apply):
+        yield
+
+
+@contextmanager
+def loss_counted_per_tensor_rank() -> Iterator[None]:
+    """The share that every tensor rank holds of a loss is summed over them."""
+
+    def faulty(losses: Any, names: Any, recipe: Any, groups: Any) -> dict[str, float]:
+        return reduce(losses, names, recipe, SimpleNamespace(tp=groups.cp))  # of one rank here
+
+    reduce = metrics.reduce_losses
+    with patch("tests.layouts.ranks.reduce_losses", faulty):
+        yield
+
+
+@contextmanager
+def gradient_of_context_ranks_lost() -> Iterator[None]:
+    """Keys and values get the gradient of their own rank's queries alone."""
+    gather = attention.gather_from_sequence_parallel_region
+
+    def faulty(x: torch.Tensor, group: Any) -> torch.Tensor:
+        return gather(x, tensor_parallel_output_grad=False, group=group)
+
+    with patch.object(attention, "gather_from_sequence_parallel_region", faulty):
+        yield
+
+
+@contextmanager
+def neighbours_swapped() -> Iterator[None]:
+    """Megatron's default for two interleaved stages: both neighbours are one rank, and messages have no names."""
+    from longred_megatron.model import stage
+
+    build = stage.transformer_config
+
+    def faulty(*arguments: Any, **settings: Any) -> Any:
+        config = build(*arguments, **settings)
+        config.overlap_p2p_comm, config.batch_p2p_comm = False, True
+        return config
+
+    with patch.object(stage, "transformer_config", faulty):
+        yield
+
+
+SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    fault.__name__: fault
+    for fault in (
+        positions_not_cut,
+        weight_of_another_microbatch,
+        loss_counted_per_tensor_rank,
+        gradient_of_context_ranks_lost,
+        neighbours_swapped,
+    )
+}

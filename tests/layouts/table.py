@@ -1,0 +1,169 @@
+"""The layouts that are compared with one process. `make layouts` prints the table:
+
+python -m tests.layouts.table
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.layouts.ranks import Case, Outcome, run_all
+from tests.training.workspace import make_workspace
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "intermediate_size": 96,
+}
+# Recipes: what is trained. Adam's epsilon is so large that an update is proportional to the gradient, and the rate such
+# that it moves the weights: so an error in any gradient shows in the weights.
+CHANGES: dict[str, Any] = {
+    "objectives": {
+        "long_text": {"microbatches": 4, "sequence_length": 256, "data": "texts"},
+        "short_restoration": {
+            "microbatches": 2,
+            "sequence_length": 16,
+            "data": "texts",
+            "layers": [1, 3, 6, 8],
+            "weight": 5,
+        },
+    },
+    "optimizer": {"lr": 0.5, "eps": 1.0},
+}
+MODELS = {"untied": "llama_3", "tied": "qwen3_tied", "biases": "qwen2"}
+WHOLE = ("objectives.short_to_long.context_parallel=1", "objectives.short_restoration.context_parallel=1")
+FEW_LAYERS = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 2]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A row of the table.
+
+    whole_sequences: the short objectives' are not cut over the context ranks. few_layers: only the lowest are taught.
+    """
+
+    world: int
+    parallel: Mapping[str, Any]
+    model: str = "untied"
+    recompute: str = "none"
+    whole_sequences: bool = False
+    few_layers: bool = False
+    sabotage: str | None = None
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Of the recipe, as on the command line."""
+        parallel = tuple(f"parallel.{key}={value}" for key, value in self.parallel.items())
+        chosen = (WHOLE if self.whole_sequences else ()) + (FEW_LAYERS if self.few_layers else ())
+        return (*parallel, f"training.recompute={self.recompute}", *chosen)
+
+    @property
+    def reference(self) -> "Layout":
+        """One process on the same objectives."""
+        return Layout(1, {}, self.model, few_layers=self.few_layers)
+
+    @property
+    def name(self) -> str:
+        parallel = [f"{key}{value}".replace(" ", "") for key, value in self.parallel.items()]
+        flags = (self.whole_sequences and "whole", self.few_layers and "few", self.sabotage)
+        return "-".join([str(self.world), self.model, *parallel, self.recompute, *(flag for flag in flags if flag)])
+
+
+def _layouts() -> Iterator[Layout]:
+    # Each axis alone.
+    yield Layout(2, {})
+    yield Layout(2, {"tensor": 2})
+    yield Layout(2, {"tensor": 2, "sequence": True})
+    yield Layout(2, {"pipeline": 2})
+    yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2})
+    yield Layout(2, {"pipeline": 2, "layers_per_stage": [3, 5]})
+    yield Layout(2, {"context": 2})
+    yield Layout(2, {"context": 2}, whole_sequences=True)
+    yield Layout(1, {}, recompute="full")
+    yield Layout(1, {}, recompute="selective")
+    # The other models, where they differ.
+    yield Layout(2, {"tensor": 2, "sequence": True}, model="tied")
+    yield Layout(2, {"pipeline": 2}, model="tied")
+    yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, model="tied", recompute="full")
+    yield Layout(2, {"tensor": 2}, model="biases")
+    yield Layout(2, {"pipeline": 2}, few_layers=True)
+    yield Layout(2, {"pipeline": 2, "virtual_pipeline": 4}, few_layers=True)
+    # Two axes.
+    yield Layout(4, {"tensor": 2, "pipeline": 2})
+    yield Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full")
+    yield Layout(4, {"pipeline": 2, "context": 2}, whole_sequences=True, recompute="full")
+    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, recompute="selective")
+    yield Layout(4, {"pipeline": 4, "layers_per_stage": [1, 3, 3, 1]})
+    yield Layout(4, {"pipeline": 4, "virtual_pipeline": 2})
+    yield Layout(4, {"context": 4})
+    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [1, 3, 2, 2]}, model="tied")
+    yield Layout(4, {"context": 2}, model="biases", whole_sequences=True)
+    # Three and more.
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}, recompute="full")
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "context": 2}, whole_sequences=True)
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, "tied", "full")
+    yield Layout(8, {"pipeline": 4, "virtual_pipeline": 2, "context": 2}, "tied", "selective", True)
+    yield Layout(8, {"tensor": 4, "context": 2, "sequence": True}, model="biases")
+
+
+LAYOUTS = tuple(_layouts())
+# A fault of `sabotage.py` each, in a layout where it matters.
+FAULTS = (
+    Layout(2, {"context": 2}, sabotage="positions_not_cut"),
+    Layout(2, {"pipeline": 2}, sabotage="weight_of_another_microbatch"),
+    Layout(2, {"tensor": 2}, sabotage="loss_counted_per_tensor_rank"),
+    Layout(2, {"context": 2}, sabotage="gradient_of_context_ranks_lost"),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, sabotage="neighbours_swapped"),
+)
+
+
+def run_table(folder: Path) -> Mapping[str, Outcome]:
+    """Outcomes of LAYOUTS, their references and FAULTS, by name."""
+    recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
+    layouts = {each.name: each for each in (*(layout.reference for layout in LAYOUTS), *LAYOUTS, *FAULTS)}
+    cases = [Case(n, each.world, recipes[each.model], each.overrides, each.sabotage) for n, each in layouts.items()]
+    return run_all(cases, folder)
+
+
+def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
+    """From one process on the same recipe; see `Outcome.difference`."""
+    return outcomes[layout.name].difference(outcomes[layout.reference.name])
+
+
+def markdown(outcomes: Mapping[str, Outcome]) -> str:
+    """The table of the docs."""
+    keys = ("tensor", "sequence", "pipeline", "virtual_pipeline", "layers_per_stage", "context")
+    lines = [
+        "| ranks | tensor | sequence | pipeline | virtual | layers per stage | context | data | recompute | model "
+        "| losses | gradient norm | weights |",
+        "| " + " | ".join(["---"] * 13) + " |",
+    ]
+    for layout in LAYOUTS:
+        tensor, sequence, pipeline, virtual, sizes, context = (layout.parallel.get(key) for key in keys)
+        replicas = layout.world // ((tensor or 1) * (pipeline or 1) * (context or 1))
+        model = layout.model + (", few layers taught" if layout.few_layers else "")
+        cells = [
+            layout.world,
+            tensor or 1,
+            "yes" if sequence else "",
+            pipeline or 1,
+            virtual or "",
+            sizes or "",
+            f"{context or 1}{', whole sequences' if layout.whole_sequences else ''}",
+            replicas,
+            layout.recompute,
+            model,
+            *(f"{value:.0e}" for value in differences(layout, outcomes).values()),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        print(markdown(run_table(Path(temporary))))
