@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo tiny-base clean
+.PHONY: help setup test lint format demo layouts chaos tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -30,7 +30,13 @@ format: setup ## rewrites the code in the project's format
 demo: setup ## the main job on the CPU, small and real
 	$(PYTHON_IN_VENV) tools/demo.py
 
-tiny-base: setup ## makes the demo's base model again, from texts alone (about an hour)
+layouts: setup ## the table of layouts against one process, up to 8 ranks (2 minutes)
+	$(PYTHON_IN_VENV) -m tests.layouts.table
+
+chaos: setup ## kills a run 20 times at random; it must end with the same bits (6 minutes)
+	$(PYTHON_IN_VENV) -m tests.chaos
+
+tiny-base: setup ## makes the demo's base model again, from texts alone (half an hour)
 	$(PYTHON_IN_VENV) tools/make_tiny_base.py
 
 clean: ## removes caches and build outputs; keeps .venv, runs, models and texts

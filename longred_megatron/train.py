@@ -20,6 +20,7 @@ _EXAMPLES = """examples:
   torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml
   torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml \\
       training.steps=100 parallel.tensor=4 run.dir=runs/try
+  python -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml --rehearse
 
 A run goes on from the newest checkpoint in its run.dir. SIGTERM or Ctrl-C saves a checkpoint and stops."""
 
@@ -34,9 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("recipe", type=Path, help="the YAML recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="on a CPU: the same layout, objectives and code path with tiny widths and random texts; of the model only "
+        "config.json is needed; starts its ranks itself, writes nothing that stays",
+    )
+    options = parser.parse_intermixed_args(arguments)
     _silence_libraries()
     is_main = os.environ.get("RANK", "0") == "0"
+    if options.rehearse:
+        if is_main:  # under torchrun too: the first rank starts a world of its own
+            from longred_megatron.training.rehearsal import rehearse
+
+            rehearse(load_recipe(options.recipe, options.overrides))
+        return
     try:
         recipe, source, teacher, data = _check(options.recipe, options.overrides, is_main)
     except UserError:

@@ -69,6 +69,7 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
     recipe = checkpoint / RECIPE
     with _one_process() as groups:
         stages = _build(architecture, description["dtype"], groups)
+        distributed.check(checkpoint)
         distributed.load(checkpoint, stages)
         export(
             stages,
@@ -89,6 +90,7 @@ def verify_checkpoint(hf: Path, checkpoint: Path) -> Verification:
     architecture = Architecture(**description["architecture"])
     with _one_process() as groups:
         stages = _build(architecture, description["dtype"], groups)
+        distributed.check(checkpoint)
         distributed.load(checkpoint, stages)
         return verify(stages, hf, architecture, groups)
 

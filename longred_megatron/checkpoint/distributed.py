@@ -7,6 +7,7 @@ It is written under a name of its own and renamed when complete, so a folder wit
 import json
 import pickle
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,9 @@ def save(
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
         state = _sharded_state(stages, optimizer, is_loading=False)
         dist_checkpointing.save(state, str(partial), _SaveInProcess())
+        marks = _marks_of_all_ranks(partial)
         if rank == 0:
-            files = {"checkpoint.json": json.dumps(description, indent=1)} | (extra_files or {})
+            files = {"checkpoint.json": json.dumps(description | {"files": marks}, indent=1)} | (extra_files or {})
             for name, text in files.items():
                 (partial / name).write_text(text)
             partial.rename(path)
@@ -95,6 +97,28 @@ def save(
             f"{path}: the checkpoint could not be written ({_causes(error)}); free space and start again"
         ) from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
+
+
+def check(path: Path) -> None:
+    """Raises UserError, the same on every rank, unless every file of the checkpoint is as it was written.
+
+    Every rank calls it and reads its share of the files.
+    """
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problem = None
+    try:
+        marks = read_description(path)["files"]
+        changed = [name for name in sorted(marks)[rank::size] if _mark(path / name) != marks[name]]
+        if changed:
+            problem = f"{path}: {', '.join(changed)} is not as it was written; the checkpoint is damaged"
+    except UserError as error:
+        problem = str(error)
+    except (OSError, KeyError, TypeError) as error:
+        problem = f"{path}: not a whole checkpoint ({error!r})"
+    problems: list[str | None] = [None] * size
+    torch.distributed.all_gather_object(problems, problem)  # the world: all ranks go on, or none
+    if found := [text for text in problems if text]:
+        raise UserError(*dict.fromkeys(found))
 
 
 def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | None = None) -> None:
@@ -116,9 +140,28 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
         optimizer.load_state_dict(loaded["optimizer"])
 
 
+def _marks_of_all_ranks(folder: Path) -> dict[str, str]:
+    """Marks of all files in `folder`: each rank reads those it has just written, rank 0 the others too."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    names = [path.name for path in folder.iterdir()]
+    ours = [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
+    parts: list[dict[str, str]] = [{} for _ in range(size)]
+    torch.distributed.all_gather_object(parts, {name: _mark(folder / name) for name in ours})  # the world
+    return {name: mark for part in parts for name, mark in part.items()}
+
+
+def _mark(path: Path) -> str:
+    """Size and CRC-32 of a file: enough against accidents, and faster than disks."""
+    total, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            total, crc = total + len(block), zlib.crc32(block, crc)
+    return f"{total}-{crc:08x}"
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """checkpoint.json: `architecture` (fields of Architecture, RoPE and window as trained), `source_hf` (folder),
-    `dtype` ("bf16", "fp16" or "fp32"); from training also `step`."""
+    `dtype` ("bf16", "fp16" or "fp32"), `files` (see `check`); from training also `step`."""
     try:
         return json.loads((path / "checkpoint.json").read_text())
     except (OSError, ValueError) as error:

@@ -253,6 +253,9 @@ class Training(Settings):
     keep_checkpoints: PositiveInt = Field(
         3, description="newest checkpoints kept; more than one, so that a damaged one costs little"
     )
+    hang_minutes: PositiveFloat = Field(
+        30.0, description="without progress on a rank before the job ends, naming the rank that holds up the others"
+    )
 
 
 class Debug(Settings):

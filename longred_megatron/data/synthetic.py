@@ -23,6 +23,7 @@ from pydoc_data.topics import topics
 from longred_megatron.data.retrieval_text import WORDS, draw_keys, needle
 from longred_megatron.errors import UserError
 
+MOST_KEYS = 32  # of one text
 NEEDLE_TOKENS = 9  # of a needle, newline included, by the tokenizer of tests/assets/tiny_base
 
 # Never trained on: perplexity is measured here, and retrieval between these lines.
@@ -140,7 +141,8 @@ def _keys(num_texts: int, num_tokens: int, fewest_sayings: int, rng: random.Rand
     fillers = [*(stretches(texts, length, rng) for length in filler_characters), repeat([])]
     for _ in range(num_texts):
         filler, num_sayings = rng.choice(list(zip(fillers, choices, strict=True)))
-        yield key_text(next(filler), _mostly_small(1, num_sayings // 2, rng), num_sayings, rng)
+        num_keys = _mostly_small(1, min(num_sayings // 2, MOST_KEYS), rng)
+        yield key_text(next(filler), num_keys, num_sayings, rng)
 
 
 def _mostly_small(smallest: int, largest: int, rng: random.Random) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from longred_megatron.config import Recipe
+from longred_megatron.training import run_folder
 
 # Dense peak of the tensor cores in FLOP/s (vendor data sheets), by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -98,7 +99,7 @@ class MetricsWriter:
         if path.exists():  # lines after the checkpoint we resume from would be written a second time
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < self.first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+        run_folder.write(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step)
 

@@ -27,6 +27,7 @@ from longred_megatron.training.flops import step_flops
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep, distilled_layers, every_replica_ends_on_cross_entropy
+from longred_megatron.training.watchdog import Watchdog
 
 
 @dataclass
@@ -103,25 +104,30 @@ def train(run: Run) -> None:
         SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
     """
     recipe, folder, steps = run.recipe, run.recipe.run.dir, run.recipe.training.steps
-    first = _resume(run) + 1
     if run.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+        run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
     teacher_layers = run.teacher and teacher_depth(recipe, run.teacher)
     flops = step_flops(recipe, run.student, run.teacher, teacher_layers or 0)
-    writer = m.MetricsWriter(folder, steps, first, sys.stdout) if run.is_main else None
-    with StopRequest() as stop, closing(writer) if writer else nullcontext():
-        for step, microbatches in _prefetched(run, first, steps):
-            metrics = _one_step(run, step, microbatches, flops)
-            _check_finite(metrics, folder)
-            if writer:
-                writer.write(metrics)
-            signal = stop.agreed()
-            if signal or step == steps or step % recipe.training.checkpoint_every_steps == 0:
-                _save(run, step)
-            if signal:
-                raise SystemExit(128 + signal)
-    _export(run, first)
+    watchdog = Watchdog(folder / run_folder.RANKS, torch.distributed.get_rank(), 60 * recipe.training.hang_minutes)
+    with StopRequest() as stop, watchdog:
+        watchdog.progress("loading")
+        first = _resume(run) + 1
+        writer = m.MetricsWriter(folder, steps, first, sys.stdout) if run.is_main else None
+        with closing(writer) if writer else nullcontext():
+            for step, microbatches in _prefetched(run, first, steps):
+                watchdog.progress(f"step {step}")
+                metrics = _one_step(run, step, microbatches, flops)
+                _check_finite(metrics, folder)
+                if writer:
+                    writer.write(metrics)
+                signal = stop.agreed()
+                if signal or step == steps or step % recipe.training.checkpoint_every_steps == 0:
+                    watchdog.progress(f"the checkpoint of step {step}")
+                    _save(run, step)
+                if signal:
+                    raise SystemExit(128 + signal)
+        watchdog.progress("the export")
+        _export(run, first)
 
 
 def _one_step(run: Run, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
@@ -179,15 +185,20 @@ def _check_finite(metrics: dict[str, Any], folder: Path) -> None:
 
 
 def _resume(run: Run) -> int:
-    """Loads the newest checkpoint and returns its step; 0 without one."""
-    saved = run_folder.checkpoints(run.recipe.run.dir)
-    if not saved:
-        return 0
-    step, path = saved[-1]
-    if run.is_main:
-        print(f"resuming after step {step} from {path}")
-    distributed.load(path, run.stages, run.optimizer)
-    return step
+    """Loads the newest checkpoint that is whole and returns its step; 0 without one. Damaged ones are set aside."""
+    for step, path in reversed(run_folder.checkpoints(run.recipe.run.dir)):
+        try:
+            distributed.check(path)
+        except UserError as error:
+            torch.distributed.barrier()  # the world: nobody looks for files that are being renamed
+            if run.is_main:
+                print(f"warning: {error}; it is now {run_folder.set_aside(path)}, and the one before is used")
+            continue
+        if run.is_main:
+            print(f"resuming after step {step} from {path}")
+        distributed.load(path, run.stages, run.optimizer)
+        return step
+    return 0
 
 
 def _save(run: Run, step: int) -> None:

@@ -18,7 +18,19 @@ _FREE_KEYS = (
     "training.recompute",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
+    "training.hang_minutes",
 )
+
+
+RANKS = "ranks"  # what each rank is doing, see `watchdog`
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file, and its folder, at once: a process killed meanwhile leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -30,7 +42,7 @@ def check_run_folder(recipe: Recipe) -> None:
         raise UserError(f"run.dir: {folder} is a file; choose a folder")
     stored = folder / "recipe.yaml"
     if not stored.exists():
-        if any(folder.iterdir()):
+        if any(path.name != RANKS for path in folder.iterdir()):
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
     old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(), dump_recipe(recipe)))
@@ -53,6 +65,13 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete checkpoints, oldest first."""
     found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in (folder / "checkpoints").glob("step-*")]
     return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint, so that it is no longer one of `checkpoints`. Returns its new path."""
+    aside = path.with_name(f"damaged-{path.name}")
+    path.rename(aside)
+    return aside
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

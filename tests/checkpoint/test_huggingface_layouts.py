@@ -1,8 +1,7 @@
 """Weights through every kind of split at once: tensor, pipeline and virtual pipeline ranks."""
 
 import errno
-import multiprocessing
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from longred_megatron.config.schema import Parallel, Precision
 from longred_megatron.errors import UserError
 from longred_megatron.model.stage import build_stages
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
 from tests.checkpoint.small_models import write_model
 
 NUM_RANKS = 4
@@ -24,16 +24,10 @@ NUM_RANKS = 4
 MODELS = ("qwen2", "qwen3_tied")
 
 
-def convert(rank: int, folder: Path) -> None:
+def convert(join: Callable[[str], None], folder: Path) -> None:
     """What each rank runs: there and back for each model, then once more on a full disk of one rank."""
     for name, virtual_pipeline in zip(MODELS, (None, 2), strict=True):
-        torch.distributed.init_process_group(
-            "gloo",
-            store=torch.distributed.FileStore(str(folder / f"store-{name}"), NUM_RANKS),
-            rank=rank,
-            world_size=NUM_RANKS,
-            timeout=timedelta(seconds=60),
-        )
+        join(name)
         parallel = Parallel(tensor=2, pipeline=2, virtual_pipeline=virtual_pipeline)
         groups = initialize(parallel, seed=1)
         source = folder / name
@@ -45,7 +39,7 @@ def convert(rank: int, folder: Path) -> None:
             "max_position_embeddings": architecture.max_position_embeddings,
         }
         export(stages, source, folder / f"{name}-back", architecture, groups, **unchanged)
-        if rank == 2:  # tensor rank 0 of the last stage
+        if torch.distributed.get_rank() == 2:  # tensor rank 0 of the last stage
             huggingface.save_file = full_disk
         with pytest.raises(UserError, match="disk is full"):
             export(stages, source, folder / f"{name}-full", architecture, groups, **unchanged)
@@ -63,9 +57,7 @@ def full_disk(*args, **kwargs):
 def test_tensor_and_pipeline_parallel_there_and_back(tmp_path):
     for name in MODELS:
         write_model(name, tmp_path / name)
-    # One clean process does the slow imports, the ranks are forked from it.
-    multiprocessing.set_forkserver_preload(["longred_megatron.checkpoint.huggingface"])
-    torch.multiprocessing.start_processes(convert, args=(tmp_path,), nprocs=NUM_RANKS, start_method="forkserver")
+    run_ranks(convert, NUM_RANKS, tmp_path)
     for name in MODELS:
         expected = load_file(tmp_path / name / "model.safetensors")
         files = sorted((tmp_path / f"{name}-back").glob("*.safetensors"))

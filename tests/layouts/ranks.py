@@ -2,12 +2,10 @@
 
 import json
 import logging
-import multiprocessing
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.config import load_recipe
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.training.metrics import loss_names, reduce_losses
 from longred_megatron.training.optimizer import set_hyperparameters
 from tests.layouts.sabotage import SABOTAGE
 from tests.training.workspace import build_run
-
-TIMEOUT = timedelta(seconds=120)
 
 
 @dataclass(frozen=True)
@@ -73,10 +70,8 @@ def _relative(a: float, b: float) -> float:
 
 def run_all(cases: Sequence[Case], folder: Path) -> Mapping[str, Outcome]:
     """Runs the cases; one set of processes for all those of a world size."""
-    multiprocessing.set_forkserver_preload(["tests.layouts.ranks"])
     for world in sorted({case.world for case in cases}):
-        own = [case for case in cases if case.world == world]
-        torch.multiprocessing.start_processes(_rank, args=(own, folder), nprocs=world, start_method="forkserver")
+        run_ranks(_rank, world, [case for case in cases if case.world == world], folder)
     return {case.name: _outcome(folder / case.name) for case in cases}
 
 
@@ -86,15 +81,13 @@ def _outcome(folder: Path) -> Outcome:
     return Outcome(metrics, weights)
 
 
-def _rank(rank: int, cases: Sequence[Case], folder: Path) -> None:
-    torch.set_num_threads(1)
+def _rank(join: Callable[[str], None], cases: Sequence[Case], folder: Path) -> None:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     for case in cases:
         output = folder / case.name
         output.mkdir(exist_ok=True)
-        store = torch.distributed.FileStore(str(output / "store"), case.world)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=case.world, timeout=TIMEOUT)
+        join(case.name)
         with SABOTAGE[case.sabotage]() if case.sabotage else nullcontext():
             _train(case, output)
         destroy()

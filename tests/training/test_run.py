@@ -166,3 +166,20 @@ def test_a_run_killed_between_checkpoints_repeats_the_lost_steps(tmp_path: Path)
     train(recipe)
     assert without_times(read_metrics(run)) == without_times(read_metrics(tmp_path / "whole"))
     assert_bitwise_equal(exported(run), exported(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut short", "removed"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage: str, tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, training={"steps": 4, "checkpoint_every_steps": 1})
+    train(recipe, f"run.dir={tmp_path}/whole")
+    train(recipe, f"run.dir={tmp_path}/damaged", "training.steps=3")
+    newest = tmp_path / "damaged" / "checkpoints" / "step-000003"
+    [data] = newest.glob("__0_*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content if damage == "changed" else content[:-100])
+    if damage == "removed":
+        data.unlink()
+    out = train(recipe, f"run.dir={tmp_path}/damaged")
+    assert f"{data.name}" in out and "damaged-step-000003" in out and "resuming after step 2" in out
+    assert_bitwise_equal(exported(tmp_path / "whole"), exported(tmp_path / "damaged"))

@@ -1,0 +1,38 @@
+"""The ranks of a small world as processes of this machine, without torchrun: for rehearsals and tests."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
+    """Calls `function(join, *arguments)` in `num_ranks` processes of one thread each and waits for them.
+
+    `join(name)` enters a fresh gloo world of all of them; after leaving it, another of another name can be entered.
+    The processes are forked from one that has imported the function's module, so that its imports are paid for once.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException, ProcessExitedException: the first failure; the others are ended.
+    """
+    multiprocessing.set_forkserver_preload([function.__module__])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _rank, args=(num_ranks, Path(folder), function, arguments), nprocs=num_ranks, start_method="forkserver"
+        )
+
+
+def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+
+    def join(name: str) -> None:
+        store = torch.distributed.FileStore(str(folder / name), num_ranks)
+        torch.distributed.init_process_group(
+            "gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(minutes=5)
+        )
+
+    function(join, *arguments)

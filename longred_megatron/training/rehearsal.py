@@ -1,0 +1,264 @@
+"""A cluster's recipe on a CPU: the same layout, objectives, layers and code path, tiny widths, random texts.
+
+It trains two steps, starts again from their checkpoint for a third, and exports. What is wrong with a recipe, a layout
+or the project on it shows here, and not after a night in the queue.
+"""
+
+import json
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from longred_megatron.config import (
+    Architecture,
+    Recipe,
+    check_recipe,
+    dump_recipe,
+    load_recipe,
+    read_architecture,
+    startup_summary,
+)
+from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.errors import UserError
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.training.metrics import memory
+from longred_megatron.training.run import Run, build, train
+
+MAX_RANKS = 16
+RANKS_WITH_TWO_REPLICAS = 8  # at most; larger worlds are rehearsed with one
+STEPS, STEPS_AFTER_RESUME = 2, 3
+SHORTEST_SEQUENCE = 8  # tokens
+HEAD_DIM = 8
+VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A small copy of a recipe, and what was changed to make it."""
+
+    recipe: Recipe
+    num_ranks: int
+    changes: list[str]
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Rehearses `recipe` in a temporary folder and prints what each rank did. Of model.hf (and teacher.hf) only
+    config.json is read; data sets are replaced by random tokens.
+
+    Raises:
+        UserError: the recipe cannot run in its layout, or a rank failed.
+    """
+    source = read_architecture(recipe.model.hf)
+    teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
+    started = time.perf_counter()
+    disable_progress_bar()  # transformers', for models of no size
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
+        folder = Path(temporary)
+        rehearsal = shrink(recipe, source, teacher, folder)
+        print("rehearsal on random texts; changed for it:")
+        print("".join(f"  {change}\n" for change in rehearsal.changes))
+        small = rehearsal.recipe
+        small_source = read_architecture(small.model.hf)
+        small_teacher = read_architecture(small.teacher.hf) if small.needs_teacher else None
+        print(startup_summary(small, small_source, rehearsal.num_ranks, small_teacher), flush=True)
+        path = folder / "recipe.yaml"
+        path.write_text(dump_recipe(small))
+        try:
+            run_ranks(_rank, rehearsal.num_ranks, path, folder)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            raise UserError(f"the rehearsal failed on rank {error.error_index}: {error}") from None
+        model = AutoModelForCausalLM.from_pretrained(small.run.dir / "hf")
+        logits = model(torch.zeros(1, 4, dtype=torch.int64)).logits
+        if not logits.isfinite().all():
+            raise UserError("the exported model's logits are not finite")
+        print(_report(folder, rehearsal.num_ranks))
+    print(
+        f"rehearsed in {time.perf_counter() - started:.0f} seconds: {STEPS} steps, a restart from their checkpoint, "
+        "one more step, and an export that transformers loads. Not rehearsed: GPU kernels, memory, speed, your texts."
+    )
+
+
+def shrink(recipe: Recipe, source: Architecture, teacher: Architecture | None, folder: Path) -> Rehearsal:
+    """Writes a small model, a small teacher and random texts to `folder`, and a recipe that trains them.
+
+    Kept: objectives, micro-batches, weights, layers, depth, pipeline and virtual pipeline, recompute, the ratio of
+    attention heads to key/value heads, which lengths are multiples of which.
+    """
+    parallel, changes = recipe.parallel, []
+    while parallel.tensor * parallel.pipeline * parallel.context > MAX_RANKS:
+        name = "tensor" if parallel.tensor > 2 else "context"
+        size = getattr(parallel, name)
+        if size <= 2:
+            raise UserError(
+                f"`parallel.pipeline` is {parallel.pipeline}: a rehearsal takes {MAX_RANKS} ranks; "
+                "try it with a smaller one (parallel.pipeline=8 --rehearse)"
+            )
+        parallel = parallel.model_copy(update={name: size // 2})
+        changes.append(f"parallel.{name}: {size} -> {size // 2}, to fit on {MAX_RANKS} ranks")
+    ranks = parallel.tensor * parallel.pipeline * parallel.context
+    replicas = 2 if 2 * ranks <= RANKS_WITH_TWO_REPLICAS else 1
+    resized = recipe.model_copy(update={"parallel": parallel})
+    problems = check_recipe(resized, source, teacher, ranks * replicas, gpu=True)
+    if replicas == 2 and problems:  # the step's micro-batches may suit one replica only
+        replicas = 1
+        problems = check_recipe(resized, source, teacher, ranks, gpu=True)
+    if problems:
+        raise UserError(*problems)
+    changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
+
+    factor = _length_factor(resized, source, teacher)
+    changes.append(f"all lengths and windows: divided by {factor}")
+    models = {recipe.model.hf: source} | ({recipe.teacher.hf: teacher} if teacher else {})
+    small = {
+        hf: _write_model(hf, models[hf], parallel.tensor, factor, folder / f"model-{i}") for i, hf in enumerate(models)
+    }
+    changes.append(
+        f"widths: hidden {source.hidden_size} -> {_hidden_size(source)}, heads of {HEAD_DIM}, random weights"
+    )
+    values = resized.model_dump(mode="json")
+    values["model"]["hf"], values["teacher"]["hf"] = str(small[recipe.model.hf]), str(small[recipe.teacher.hf])
+    values["model"]["max_position_embeddings"] //= factor
+    values["step"]["tokens_per_microbatch"] //= factor
+    values["objectives"] = {name: values["objectives"][name] for name, _ in recipe.objectives.items()}
+    for settings in values["objectives"].values():
+        settings["sequence_length"] //= factor
+    longest = max(settings["sequence_length"] for settings in values["objectives"].values())
+    values["data"] = {
+        name: {str(_write_texts(folder / f"{name}-{i}", longest)): weight for i, weight in enumerate(blend.values())}
+        for name, blend in recipe.data.items()
+    }
+    values["precision"] |= {"fp8": None, "fp8_attention": False}
+    if recipe.precision.fp8:
+        changes.append(f"precision.fp8: {recipe.precision.fp8} -> null, there is no GPU")
+    values["optimizer"]["warmup_steps"] = min(recipe.optimizer.warmup_steps, STEPS)
+    values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
+    values["debug"]["dump_microbatches"] = None
+    values["run"]["dir"] = str(folder / "run")
+    return Rehearsal(Recipe.model_validate(values), ranks * replicas, changes)
+
+
+def _length_factor(recipe: Recipe, source: Architecture, teacher: Architecture | None) -> int:
+    """The largest power of two by which every length can be divided."""
+    parallel = recipe.parallel
+    lengths = [settings.sequence_length for _, settings in recipe.objectives.items()]
+    windows = [recipe.model.max_position_embeddings, source.max_position_embeddings]
+    windows += [teacher.max_position_embeddings] if teacher else []
+    tokens = recipe.step.tokens_per_microbatch
+
+    def fits(factor: int) -> bool:
+        whole = all(length % factor == 0 for length in (*lengths, *windows, tokens))
+        cut = all(
+            settings.context_parallel == 1 or settings.sequence_length // factor % (2 * parallel.context) == 0
+            for _, settings in recipe.objectives.items()
+        )
+        split = tokens // factor % (parallel.context * parallel.tensor) == 0
+        return whole and cut and split and min(lengths) // factor >= SHORTEST_SEQUENCE
+
+    factor = 1
+    while fits(2 * factor):
+        factor *= 2
+    return factor
+
+
+def _hidden_size(architecture: Architecture) -> int:
+    return max(32, architecture.hidden_size // 64)
+
+
+def _write_model(hf: Path, architecture: Architecture, tensor: int, factor: int, folder: Path) -> Path:
+    """A random model of the same family, depth and proportions, cut by `tensor` as the real one is."""
+    config = AutoConfig.from_pretrained(hf, local_files_only=True)
+    hidden = _hidden_size(architecture)
+    kv_heads = tensor
+    settings = config.to_dict() | {
+        "hidden_size": hidden,
+        "head_dim": HEAD_DIM,
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * (architecture.num_attention_heads // architecture.num_kv_heads),
+        "intermediate_size": tensor * -(-hidden * architecture.intermediate_size // architecture.hidden_size // tensor),
+        "vocab_size": VOCABULARY + architecture.vocab_size % tensor,
+        "max_position_embeddings": architecture.max_position_embeddings // factor,
+        "rope_parameters": _divided(dict(architecture.rope), factor),
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+    model = AutoModelForCausalLM.from_config(type(config)(**settings), dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _divided(rope: dict[str, Any], factor: int) -> dict[str, Any]:
+    key = "original_max_position_embeddings"
+    return rope | ({key: max(1, rope[key] // factor)} if key in rope else {})
+
+
+def _write_texts(prefix: Path, longest: int) -> Path:
+    """Random tokens in documents of up to `longest`, four of them at least."""
+    generator = np.random.default_rng(0)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in generator.integers(longest // 2, longest + 1, size=8):
+        builder.add_document(generator.integers(0, VOCABULARY, size=length), [int(length)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:
+    """What each rank runs: both parts of the run; then it writes down what it held."""
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    for steps in (STEPS, STEPS_AFTER_RESUME):
+        join(f"world-{steps}")
+        recipe = load_recipe(path, [f"training.steps={steps}"])
+        source = read_architecture(recipe.model.hf)
+        teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
+        groups = initialize(recipe.parallel, recipe.training.seed)
+        run = build(recipe, source, teacher, MicroBatchSource(recipe), groups)
+        train(run)
+        rank = torch.distributed.get_rank()
+        (folder / f"rank-{rank}.json").write_text(json.dumps(_description(run)))
+        destroy()
+
+
+def _description(run: Run) -> dict[str, str]:
+    """This rank's place and part, as a row of the report."""
+    groups, step = run.groups, run.train_step
+    place = {name: getattr(groups, name).rank() for name in ("tp", "pp", "cp", "dp")}
+    ends = [name for name in ("pre_process", "post_process") if any(getattr(stage, name) for stage in run.stages)]
+    held = {number for stage in run.stages for number in stage.layer_numbers()}
+    taught = sorted(held & {number for layers in step.layers.values() for number in layers})
+    parts = {"pre_process": "embedding", "post_process": "head"}
+    return {
+        **{name: str(rank) for name, rank in place.items()},
+        "layers": ", ".join([*(_spans(stage.layer_numbers()) for stage in run.stages), *(parts[end] for end in ends)]),
+        "teacher layers": ", ".join(_spans(stage.layer_numbers()) for stage in step.teacher) or "none",
+        "compares": ", ".join(map(str, taught)) or "none",
+        "parameters": f"{sum(p.numel() for stage in run.stages for p in stage.parameters()):,}",
+        "peak memory": f"{memory()['memory/peak_resident_bytes'] / 2**20:,.0f} MiB",
+    }
+
+
+def _spans(numbers: range) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if numbers else "none"
+
+
+def _report(folder: Path, num_ranks: int) -> str:
+    rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+    table = [["rank", *rows[0]], *([str(rank), *row.values()] for rank, row in enumerate(rows))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+    )

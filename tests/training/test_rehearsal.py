@@ -1,0 +1,143 @@
+"""`--rehearse`: cluster recipes, unchanged, on this machine's CPU."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from longred_megatron.config import dump_recipe, load_recipe, read_architecture
+from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.errors import UserError
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.training.rehearsal import Rehearsal, shrink
+from longred_megatron.training.run import build
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+CONFIGS = {
+    "llama3": LLAMA_3_8B,
+    "mistral": LLAMA_3_8B | {"model_type": "mistral", "vocab_size": 32768, "max_position_embeddings": 32768},
+    "smollm2": LLAMA_3_8B
+    | {
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 2048,
+    },
+    "tiny": LLAMA_3_8B
+    | {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+
+
+def model_folder(recipe: str, folder: Path) -> Path:
+    """A folder with the config.json of the recipe's model and nothing else."""
+    [family] = [name for name in CONFIGS if recipe.startswith(name)]
+    (folder / family).mkdir(exist_ok=True)
+    (folder / family / "config.json").write_text(json.dumps(CONFIGS[family]))
+    return folder / family
+
+
+def shrunk(name: str, folder: Path, *overrides: str) -> Rehearsal:
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.hf={model_folder(name, folder)}", *overrides])
+    (folder / "out").mkdir(exist_ok=True)
+    return shrink(recipe, read_architecture(recipe.model.hf), None, folder / "out")
+
+
+def test_a_cluster_recipe_is_rehearsed_in_its_own_layout(tmp_path: Path) -> None:
+    name = "llama3_8b_32k_longred_c"
+    hf = model_folder(name, tmp_path)
+    command = [sys.executable, "-m", "longred_megatron.train", str(RECIPES / f"{name}.yaml")]
+    overrides = [f"model.hf={hf}", f"run.dir={tmp_path}/run"]
+    done = subprocess.run([*command, *overrides, "--rehearse"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = done.stdout
+    assert "8 = tensor 2 x pipeline 2 x context 2 x data 1, 2 chunks a stage" in out
+    assert "resuming after step 2" in out and "step 3/3" in out
+    assert out.count("1-8, 17-24, embedding") == 4 and out.count("9-16, 25-32, head") == 4
+    assert out.count("9, 12, 14, 15, 32") == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama3"]
+
+
+def build_all(join: Callable[[str], None], recipes: list[Path]) -> None:
+    for i, path in enumerate(recipes):
+        join(str(i))
+        recipe = load_recipe(path)
+        source = read_architecture(recipe.model.hf)
+        groups = initialize(recipe.parallel, recipe.training.seed)
+        run = build(recipe, source, source if recipe.needs_teacher else None, MicroBatchSource(recipe), groups)
+        layers = {number for stage in run.stages for number in stage.layer_numbers()}
+        assert len(layers) == source.num_layers // recipe.parallel.pipeline
+        destroy()
+
+
+def test_every_rank_of_every_recipe_is_built(tmp_path: Path) -> None:
+    worlds: dict[int, list[Path]] = {}
+    for path in sorted(RECIPES.glob("*.yaml")):
+        if path.stem in ("llama3_8b_32k", "tiny_512") or path.stem.startswith("tiny_base"):
+            continue  # bases of other recipes; training runs of one process
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        rehearsal = shrunk(path.stem, folder)
+        (folder / "recipe.yaml").write_text(dump_recipe(rehearsal.recipe))
+        worlds.setdefault(rehearsal.num_ranks, []).append(folder / "recipe.yaml")
+    assert sum(map(len, worlds.values())) >= 9
+    for world, recipes in worlds.items():
+        run_ranks(build_all, world, recipes)
+
+
+def test_what_is_kept_and_what_is_not(tmp_path: Path) -> None:
+    big = load_recipe(RECIPES / "llama3_8b_32k_longred_c.yaml")
+    small = shrunk("llama3_8b_32k_longred_c", tmp_path, "precision.fp8=hybrid").recipe
+    assert small.parallel == big.parallel and small.precision.fp8 is None
+    for name, settings in big.objectives.items():
+        own = getattr(small.objectives, name)
+        factor = settings.sequence_length // own.sequence_length
+        assert own == settings.model_copy(update={"sequence_length": own.sequence_length})
+        assert big.step.tokens_per_microbatch == factor * small.step.tokens_per_microbatch
+        assert big.model.max_position_embeddings == factor * small.model.max_position_embeddings
+    architecture = read_architecture(small.model.hf)
+    assert architecture.num_layers == 32
+    assert architecture.num_attention_heads == 4 * architecture.num_kv_heads
+
+
+def test_a_layout_of_too_many_ranks_is_made_smaller_and_said_to_be(tmp_path: Path) -> None:
+    rehearsal = shrunk("llama3_8b_32k_longred_c", tmp_path, "parallel.tensor=8", "parallel.pipeline=4")
+    assert rehearsal.num_ranks == 16 and rehearsal.recipe.parallel.tensor == 2
+    assert "parallel.tensor: 8 -> 4, to fit on 16 ranks" in rehearsal.changes
+    with pytest.raises(UserError, match=r"parallel.pipeline=8 --rehearse"):
+        shrunk(
+            "llama3_8b_32k_longred_c",
+            tmp_path,
+            "parallel.tensor=1",
+            "parallel.context=1",
+            "parallel.pipeline=32",
+            "parallel.sequence=false",
+        )
+
+
+def test_a_recipe_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="8 key/value heads"):
+        shrunk("llama3_8b_32k_longred_c", tmp_path, "parallel.tensor=3")

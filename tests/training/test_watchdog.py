@@ -1,0 +1,53 @@
+"""A rank that hangs ends the job, and is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from longred_megatron.training.watchdog import describe
+from tests.training.workspace import make_workspace
+
+
+def beat(rank: int, **changes: object) -> dict[str, object]:
+    now = time.time()
+    own = {"rank": rank, "host": "node0", "pid": 1, "time": now, "doing": "step 3", "place": 4, "since": now - 60}
+    return own | changes
+
+
+def test_a_silent_rank_is_named_before_one_that_waits() -> None:
+    old = beat(1, time=time.time() - 50)
+    assert describe([beat(0), old, beat(2)], interval=1).startswith("rank 1 (pid 1 on node0) is silent for 50 s")
+
+
+def test_a_rank_behind_is_named() -> None:
+    text = describe([beat(0), beat(1), beat(2, place=3, doing="step 2")], interval=1)
+    assert text.startswith("rank 2 ") and "still at step 2" in text and "rank 0" not in text
+
+
+def test_when_all_are_at_one_place_none_is_blamed() -> None:
+    assert "all ranks are at step 3" in describe([beat(0), beat(1)], interval=1)
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_job_within_the_set_time(stopped: int, tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, training={"steps": 10_000, "hang_minutes": 0.2})
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command = [sys.executable, "-m", *launcher, "longred_megatron.train", str(recipe)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    agent = subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run, deadline = tmp_path / "run", time.monotonic() + 120
+    beat, metrics = run / "ranks" / f"rank-{stopped:05}.json", run / "metrics.jsonl"
+    while not (beat.exists() and metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    pid = json.loads(beat.read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    output, _ = agent.communicate(timeout=120)
+    assert agent.returncode != 0
+    assert f"rank {stopped} (pid {pid}" in output and "stopped or gone" in output, output
+    assert (run / "ranks" / f"rank-{1 - stopped:05}.stack.txt").read_text()

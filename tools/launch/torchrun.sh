@@ -1,0 +1,38 @@
+#!/bin/sh
+# Trains a recipe on several machines. The same command on each, but for NODE_RANK:
+#
+#   NODES=2 NODE_RANK=0 MASTER=node0 sh tools/launch/torchrun.sh recipes/llama3_8b_32k_longred_c.yaml
+#   NODES=2 NODE_RANK=1 MASTER=node0 sh tools/launch/torchrun.sh recipes/llama3_8b_32k_longred_c.yaml
+#
+# NODES      machines (default 1)
+# NODE_RANK  this one's number, from 0 (default 0)
+# MASTER     name or address of machine 0, as the others reach it (default 127.0.0.1)
+# PORT       a free port on it (default 29500)
+# RANKS      ranks on each machine (default: its GPUs, or 1 without any)
+# PYTHON     interpreter with the project installed (default: .venv's, or python)
+#
+# Whatever follows goes to the training command: overrides such as training.steps=100, or --help.
+# The environment is checked first, over all ranks: tools/launch/check_environment.py.
+set -eu
+cd "$(dirname "$0")/../.."
+
+if [ $# -eq 0 ]; then
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+fi
+if [ -z "${RANKS:-}" ]; then
+    RANKS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
+    [ "$RANKS" -gt 0 ] || RANKS=1
+fi
+
+launch() {
+    "$PYTHON" -m torch.distributed.run \
+        --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$RANKS" \
+        --master-addr "${MASTER:-127.0.0.1}" --master-port "${PORT:-29500}" "$@"
+}
+
+launch tools/launch/check_environment.py
+launch -m longred_megatron.train "$@"
