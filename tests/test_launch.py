@@ -77,7 +77,7 @@ def test_slurm_script_trains_and_saves_when_time_is_up(tmp_path: Path) -> None:
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.2)
     for srun in subprocess.check_output(["pgrep", "-P", str(job.pid)], text=True).split():
-        os.kill(int(srun), signal.SIGTERM)
+        os.kill(int(srun), signal.SIGTERM)  # which passes it to every rank
     output, _ = job.communicate(timeout=200)
     assert "ranks       2 on 1 machines" in output
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()

@@ -108,7 +108,8 @@ def check(path: Path) -> None:
     problem = None
     try:
         marks = read_description(path)["files"]
-        changed = [name for name in sorted(marks)[rank::size] if _mark(path / name) != marks[name]]
+        own = [(path / name, mark) for name, mark in sorted(marks.items())[rank::size]]
+        changed = [file.name for file, mark in own if not file.is_file() or _mark(file) != mark]
         if changed:
             problem = f"{path}: {', '.join(changed)} is not as it was written; the checkpoint is damaged"
     except UserError as error:

@@ -53,6 +53,7 @@ class Layout:
     recompute: str = "none"
     whole_sequences: bool = False
     few_layers: bool = False
+    params: str = "fp32"
     sabotage: str | None = None
 
     @property
@@ -60,18 +61,19 @@ class Layout:
         """Of the recipe, as on the command line."""
         parallel = tuple(f"parallel.{key}={value}" for key, value in self.parallel.items())
         chosen = (WHOLE if self.whole_sequences else ()) + (FEW_LAYERS if self.few_layers else ())
-        return (*parallel, f"training.recompute={self.recompute}", *chosen)
+        return (*parallel, f"training.recompute={self.recompute}", f"precision.params={self.params}", *chosen)
 
     @property
     def reference(self) -> "Layout":
         """One process on the same objectives."""
-        return Layout(1, {}, self.model, few_layers=self.few_layers)
+        return Layout(1, {}, self.model, few_layers=self.few_layers, params=self.params)
 
     @property
     def name(self) -> str:
         parallel = [f"{key}{value}".replace(" ", "") for key, value in self.parallel.items()]
         flags = (self.whole_sequences and "whole", self.few_layers and "few", self.sabotage)
-        return "-".join([str(self.world), self.model, *parallel, self.recompute, *(flag for flag in flags if flag)])
+        chosen = (self.recompute, self.params, *(flag for flag in flags if flag))
+        return "-".join([str(self.world), self.model, *parallel, *chosen])
 
 
 def _layouts() -> Iterator[Layout]:
@@ -112,6 +114,11 @@ def _layouts() -> Iterator[Layout]:
 
 
 LAYOUTS = tuple(_layouts())
+# In bf16 sums are rounded in another order, so these agree to its 8 bits only.
+BF16_LAYOUTS = (
+    Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True}, params="bf16", recompute="full"),
+    Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, params="bf16"),
+)
 # A fault of `sabotage.py` each, in a layout where it matters.
 FAULTS = (
     Layout(2, {"context": 2}, sabotage="positions_not_cut"),
@@ -123,9 +130,10 @@ FAULTS = (
 
 
 def run_table(folder: Path) -> Mapping[str, Outcome]:
-    """Outcomes of LAYOUTS, their references and FAULTS, by name."""
+    """Outcomes of LAYOUTS, BF16_LAYOUTS and FAULTS and of their references, by name."""
     recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
-    layouts = {each.name: each for each in (*(layout.reference for layout in LAYOUTS), *LAYOUTS, *FAULTS)}
+    compared = (*LAYOUTS, *BF16_LAYOUTS, *FAULTS)
+    layouts = {each.name: each for each in (*(layout.reference for layout in compared), *compared)}
     cases = [Case(n, each.world, recipes[each.model], each.overrides, each.sabotage) for n, each in layouts.items()]
     return run_all(cases, folder)
 

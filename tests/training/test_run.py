@@ -183,3 +183,16 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage: st
     out = train(recipe, f"run.dir={tmp_path}/damaged")
     assert f"{data.name}" in out and "damaged-step-000003" in out and "resuming after step 2" in out
     assert_bitwise_equal(exported(tmp_path / "whole"), exported(tmp_path / "damaged"))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, training={"steps": 10_000, "checkpoint_every_steps": 10_000})
+    process, run = start(recipe, ranks=2), tmp_path / "run"
+    beat, deadline = run / "ranks" / "rank-00001.json", time.monotonic() + 120
+    while not (beat.exists() and (run / "metrics.jsonl").exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(json.loads(beat.read_text())["pid"], signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    [checkpoint] = (run / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{read_metrics(run)[-1]['step']:06}"
