@@ -180,13 +180,14 @@ def _hidden_size(architecture: Architecture) -> int:
 def _write_model(hf: Path, architecture: Architecture, tensor: int, factor: int, folder: Path) -> Path:
     """A random model of the same family, depth and proportions, cut by `tensor` as the real one is."""
     config = AutoConfig.from_pretrained(hf, local_files_only=True)
-    hidden = _hidden_size(architecture)
     kv_heads = tensor
+    heads = kv_heads * (architecture.num_attention_heads // architecture.num_kv_heads)
+    hidden = heads * -(-_hidden_size(architecture) // heads)  # transformers wants a multiple
     settings = config.to_dict() | {
         "hidden_size": hidden,
         "head_dim": HEAD_DIM,
         "num_key_value_heads": kv_heads,
-        "num_attention_heads": kv_heads * (architecture.num_attention_heads // architecture.num_kv_heads),
+        "num_attention_heads": heads,
         "intermediate_size": tensor * -(-hidden * architecture.intermediate_size // architecture.hidden_size // tensor),
         "vocab_size": VOCABULARY + architecture.vocab_size % tensor,
         "max_position_embeddings": architecture.max_position_embeddings // factor,

@@ -32,7 +32,8 @@ LLAMA_3_8B = {
 }
 CONFIGS = {
     "llama3": LLAMA_3_8B,
-    "mistral": LLAMA_3_8B | {"model_type": "mistral", "vocab_size": 32768, "max_position_embeddings": 32768},
+    "mistral": LLAMA_3_8B
+    | {"model_type": "mistral", "vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None},
     "smollm2": LLAMA_3_8B
     | {
         "hidden_size": 576,
@@ -71,7 +72,7 @@ def test_a_cluster_recipe_is_rehearsed_in_its_own_layout(tmp_path: Path) -> None
     hf = model_folder(name, tmp_path)
     command = [sys.executable, "-m", "longred_megatron.train", str(RECIPES / f"{name}.yaml")]
     overrides = [f"model.hf={hf}", f"run.dir={tmp_path}/run"]
-    done = subprocess.run([*command, *overrides, "--rehearse"], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, *overrides, "--rehearse"], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     out = done.stdout
     assert "8 = tensor 2 x pipeline 2 x context 2 x data 1, 2 chunks a stage" in out
