@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from longred_megatron.parallel.local_ranks import training_command
 from tests.training.workspace import make_workspace, read_metrics, without_times
 
 RANKS = 2
 
 
 def command(recipe: Path, run: Path) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    return [sys.executable, *launcher, "-m", "longred_megatron.train", str(recipe), f"run.dir={run}"]
+    return [*training_command(recipe, RANKS), f"run.dir={run}"]
 
 
 def start(recipe: Path, run: Path) -> subprocess.Popen[bytes]:

@@ -21,6 +21,7 @@ from longred_megatron.data.synthetic import write_sets
 from longred_megatron.errors import UserError, run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.report import PAGE, format_table
+from longred_megatron.parallel.local_ranks import training_command
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, DEMO, RUNS = ROOT / "tests/assets/tiny_base", ROOT / "demo", ROOT / "runs"
@@ -78,16 +79,7 @@ def _say(number: int, what: str) -> None:
 
 def _train(recipe: str) -> None:
     """On two data-parallel ranks, a core each, where there are two: the result does not depend on it."""
-    ranks = min(2, os.cpu_count() or 1)
-    _run(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        "-m",
-        "longred_megatron.train",
-        recipe,
-    )
+    _run(*training_command(recipe, num_ranks=min(2, os.cpu_count() or 1))[1:])
 
 
 def _run(*arguments: object, made: Path | None = None) -> None:

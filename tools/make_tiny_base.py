@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from longred_megatron.data.prepare import prepare
 from longred_megatron.data.synthetic import write_sets
 from longred_megatron.data.tokenizer import load_tokenizer
 from longred_megatron.errors import UserError, run_cli
+from longred_megatron.parallel.local_ranks import training_command
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSET, BUILD = ROOT / "tests/assets/tiny_base", ROOT / "build/tiny_base"
@@ -87,9 +87,7 @@ def main() -> None:
         write_start(ASSET, BUILD / "start", SEED)
     for recipe in sorted((ROOT / "recipes").glob("tiny_base_*.yaml")):
         print(f"\n{recipe.name}", flush=True)
-        ranks = min(2, os.cpu_count() or 1)
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [sys.executable, *launcher, "-m", "longred_megatron.train", str(recipe)]
+        command = training_command(recipe, num_ranks=min(2, os.cpu_count() or 1))
         if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
             raise UserError(
                 f"{recipe} did not finish; its message is above; the same command goes on from its checkpoint"

@@ -114,7 +114,7 @@ def check(path: Path) -> None:
             problem = f"{path}: {', '.join(changed)} is not as it was written; the checkpoint is damaged"
     except UserError as error:
         problem = str(error)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         problem = f"{path}: not a whole checkpoint ({error!r})"
     problems: list[str | None] = [None] * size
     torch.distributed.all_gather_object(problems, problem)  # the world: all ranks go on, or none

@@ -197,7 +197,9 @@ def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) 
     chunks = parallel.num_chunks
     if parallel.layers_per_stage is not None:
         sizes = list(parallel.layers_per_stage)
-        if len(sizes) != chunks or sum(sizes) != architecture.num_layers:
+        if chunks == 1:
+            yield f"`parallel.layers_per_stage` is {sizes}: has no effect at `parallel.pipeline` 1; set it to null"
+        elif len(sizes) != chunks or sum(sizes) != architecture.num_layers:
             yield (
                 f"`parallel.layers_per_stage` is {sizes}: must be {chunks} numbers, one for each of pipeline x "
                 f"virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline or 1} chunks, that add up to the "

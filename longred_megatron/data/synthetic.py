@@ -16,7 +16,7 @@ import math
 import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import cycle, islice, repeat, takewhile
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -135,12 +135,15 @@ def _keys(num_texts: int, num_tokens: int, fewest_sayings: int, rng: random.Rand
     Nearly all texts have num_tokens tokens or more, since few lines have more than 3.2 characters a token.
     """
     texts, most_sayings = training_texts(), num_tokens // NEEDLE_TOKENS + 1
-    doubled = (fewest_sayings * 2**i for i in range(most_sayings))
-    choices = [*takewhile(lambda num_sayings: num_sayings < most_sayings, doubled), most_sayings]
-    filler_characters = [round(3.2 * (num_tokens - NEEDLE_TOKENS * num_sayings)) for num_sayings in choices[:-1]]
-    fillers = [*(stretches(texts, length, rng) for length in filler_characters), repeat([])]
+    doubled = (fewest_sayings << i for i in range(most_sayings.bit_length()))
+    kinds: list[tuple[int, Iterator[list[str]]]] = [
+        (num_sayings, stretches(texts, round(3.2 * (num_tokens - NEEDLE_TOKENS * num_sayings)), rng))
+        for num_sayings in doubled
+        if num_sayings < most_sayings
+    ]
+    kinds.append((most_sayings, repeat([])))
     for _ in range(num_texts):
-        filler, num_sayings = rng.choice(list(zip(fillers, choices, strict=True)))
+        num_sayings, filler = rng.choice(kinds)
         num_keys = _mostly_small(1, min(num_sayings // 2, MOST_KEYS), rng)
         yield key_text(next(filler), num_keys, num_sayings, rng)
 

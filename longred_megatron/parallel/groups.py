@@ -11,7 +11,7 @@ from longred_megatron.config import Parallel
 from longred_megatron.parallel import cpu_shim
 
 
-def initialize(parallel: Parallel, seed: int) -> ProcessGroupCollection:
+def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30)) -> ProcessGroupCollection:
     """Joins the world torchrun describes (or a world of one) and cuts it into Megatron's groups.
 
     NCCL where there is a GPU, gloo otherwise. Also seeds Megatron's random states.
@@ -24,7 +24,7 @@ def initialize(parallel: Parallel, seed: int) -> ProcessGroupCollection:
         alone = "RANK" not in os.environ  # started without torchrun
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            timeout=timedelta(minutes=30),
+            timeout=timeout,
             store=torch.distributed.HashStore() if alone else None,
             rank=0 if alone else -1,
             world_size=1 if alone else -1,

@@ -1,6 +1,7 @@
-"""The ranks of a small world as processes of this machine, without torchrun: for rehearsals and tests."""
+"""The ranks of a small world as processes of this machine: by torchrun, or without it for rehearsals and tests."""
 
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
@@ -8,6 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def training_command(recipe: Path | str, num_ranks: int) -> list[str]:
+    """The words of `torchrun ... -m longred_megatron.train RECIPE` for `num_ranks` ranks here, by this interpreter."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    return [sys.executable, *torchrun, "-m", "longred_megatron.train", str(recipe)]
 
 
 def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:

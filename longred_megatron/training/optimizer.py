@@ -44,6 +44,13 @@ def data_parallel(
     )
     chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in stages]
     for chunk in chunks:
+        # Megatron 0.19.2 gathers the optimizer state to save it without the padding between buckets, and then cuts it
+        # by offsets that count the padding: whatever lies behind a padded bucket is saved shifted. (Tied embeddings on
+        # the last of several stages are a bucket of their own.) So the padding is gathered too.
+        for buffer in chunk.buffers:
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
         chunk.config.finalize_model_grads_func = finalize_model_grads
         if overlap:
             chunk.config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync

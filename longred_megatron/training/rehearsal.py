@@ -6,6 +6,8 @@ or the project on it shows here, and not after a night in the queue.
 
 import json
 import logging
+import math
+import os
 import tempfile
 import time
 import warnings
@@ -61,6 +63,7 @@ def rehearse(recipe: Recipe) -> None:
     Raises:
         UserError: the recipe cannot run in its layout, or a rank failed.
     """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU on a GPU node too, in the ranks as well
     source = read_architecture(recipe.model.hf)
     teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
     started = time.perf_counter()
@@ -103,8 +106,8 @@ def shrink(recipe: Recipe, source: Architecture, teacher: Architecture | None, f
         size = getattr(parallel, name)
         if size <= 2:
             raise UserError(
-                f"`parallel.pipeline` is {parallel.pipeline}: a rehearsal takes {MAX_RANKS} ranks; "
-                "try it with a smaller one (parallel.pipeline=8 --rehearse)"
+                f"`parallel.pipeline` is {parallel.pipeline}: a rehearsal takes {MAX_RANKS} ranks; try it with a "
+                f"smaller one (parallel.pipeline={MAX_RANKS // (parallel.tensor * parallel.context)} --rehearse)"
             )
         parallel = parallel.model_copy(update={name: size // 2})
         changes.append(f"parallel.{name}: {size} -> {size // 2}, to fit on {MAX_RANKS} ranks")
@@ -122,12 +125,14 @@ def shrink(recipe: Recipe, source: Architecture, teacher: Architecture | None, f
     factor = _length_factor(resized, source, teacher)
     changes.append(f"all lengths and windows: divided by {factor}")
     models = {recipe.model.hf: source} | ({recipe.teacher.hf: teacher} if teacher else {})
+    # One width for models of one width, which transformers takes for the heads of each.
+    multiple = math.lcm(*(_num_heads(architecture, parallel.tensor) for architecture in models.values()))
     small = {
-        hf: _write_model(hf, models[hf], parallel.tensor, factor, folder / f"model-{i}") for i, hf in enumerate(models)
+        hf: _write_model(hf, each, _hidden_size(each, multiple), parallel.tensor, factor, folder / f"model-{i}")
+        for i, (hf, each) in enumerate(models.items())
     }
-    changes.append(
-        f"widths: hidden {source.hidden_size} -> {_hidden_size(source)}, heads of {HEAD_DIM}, random weights"
-    )
+    width = f"{source.hidden_size} -> {_hidden_size(source, multiple)}"
+    changes.append(f"widths: hidden {width}, heads of {HEAD_DIM}, random weights")
     values = resized.model_dump(mode="json")
     values["model"]["hf"], values["teacher"]["hf"] = str(small[recipe.model.hf]), str(small[recipe.teacher.hf])
     values["model"]["max_position_embeddings"] //= factor
@@ -173,21 +178,23 @@ def _length_factor(recipe: Recipe, source: Architecture, teacher: Architecture |
     return factor
 
 
-def _hidden_size(architecture: Architecture) -> int:
-    return max(32, architecture.hidden_size // 64)
+def _num_heads(architecture: Architecture, tensor: int) -> int:
+    """One key/value head a tensor rank, and as many queries for each as the real model has."""
+    return tensor * (architecture.num_attention_heads // architecture.num_kv_heads)
 
 
-def _write_model(hf: Path, architecture: Architecture, tensor: int, factor: int, folder: Path) -> Path:
+def _hidden_size(architecture: Architecture, multiple: int) -> int:
+    return multiple * -(-max(32, architecture.hidden_size // 64) // multiple)
+
+
+def _write_model(hf: Path, architecture: Architecture, hidden: int, tensor: int, factor: int, folder: Path) -> Path:
     """A random model of the same family, depth and proportions, cut by `tensor` as the real one is."""
     config = AutoConfig.from_pretrained(hf, local_files_only=True)
-    kv_heads = tensor
-    heads = kv_heads * (architecture.num_attention_heads // architecture.num_kv_heads)
-    hidden = heads * -(-_hidden_size(architecture) // heads)  # transformers wants a multiple
     settings = config.to_dict() | {
         "hidden_size": hidden,
         "head_dim": HEAD_DIM,
-        "num_key_value_heads": kv_heads,
-        "num_attention_heads": heads,
+        "num_key_value_heads": tensor,
+        "num_attention_heads": _num_heads(architecture, tensor),
         "intermediate_size": tensor * -(-hidden * architecture.intermediate_size // architecture.hidden_size // tensor),
         "vocab_size": VOCABULARY + architecture.vocab_size % tensor,
         "max_position_embeddings": architecture.max_position_embeddings // factor,
@@ -208,7 +215,7 @@ def _divided(rope: dict[str, Any], factor: int) -> dict[str, Any]:
 
 
 def _write_texts(prefix: Path, longest: int) -> Path:
-    """Random tokens in documents of up to `longest`, four of them at least."""
+    """Random tokens: eight documents of half of `longest` to all of it."""
     generator = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for length in generator.integers(longest // 2, longest + 1, size=8):

@@ -108,12 +108,13 @@ def train(run: Run) -> None:
         run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
     teacher_layers = run.teacher and teacher_depth(recipe, run.teacher)
     flops = step_flops(recipe, run.student, run.teacher, teacher_layers or 0)
-    watchdog = Watchdog(folder / run_folder.RANKS, torch.distributed.get_rank(), 60 * recipe.training.hang_minutes)
-    with StopRequest() as stop, watchdog:
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes)
+    with watchdog:
         watchdog.progress("loading")
         first = _resume(run) + 1
         writer = m.MetricsWriter(folder, steps, first, sys.stdout) if run.is_main else None
-        with closing(writer) if writer else nullcontext():
+        with StopRequest() as stop, closing(writer) if writer else nullcontext():
             for step, microbatches in _prefetched(run, first, steps):
                 watchdog.progress(f"step {step}")
                 metrics = _one_step(run, step, microbatches, flops)
@@ -190,8 +191,7 @@ def _resume(run: Run) -> int:
         try:
             distributed.check(path)
         except UserError as error:
-            torch.distributed.barrier()  # the world: nobody looks for files that are being renamed
-            if run.is_main:
+            if run.is_main:  # every rank has listed and read them by now
                 print(f"warning: {error}; it is now {run_folder.set_aside(path)}, and the one before is used")
             continue
         if run.is_main:

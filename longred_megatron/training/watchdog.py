@@ -12,10 +12,13 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from longred_megatron.training import run_folder
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 MOST_LISTED = 8
@@ -26,26 +29,27 @@ class Watchdog:
 
     Args:
         folder: shared by all ranks; each writes rank-00000.json, and rank-00000.stack.txt when it gives up.
+        num_ranks: of the world. Files of other ranks are an earlier, larger world's.
         limit_seconds: without progress of this rank before it gives up.
     """
 
-    def __init__(self, folder: Path, rank: int, limit_seconds: float) -> None:
-        self._folder, self._rank, self._limit = folder, rank, limit_seconds
+    def __init__(self, folder: Path, rank: int, num_ranks: int, limit_seconds: float) -> None:
+        self._folder, self._rank, self._num_ranks, self._limit = folder, rank, num_ranks, limit_seconds
         self._interval = min(10.0, limit_seconds / 10)
-        self._started = time.time()
         self._doing, self._place, self._since = "starting", 0, time.time()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stopped.set()
         self._thread.join()
-        (self._folder / f"rank-{self._rank:05}.json").unlink(missing_ok=True)
+        self._path(self._rank).unlink(missing_ok=True)
         with suppress(OSError):  # others are still in it
             self._folder.rmdir()
 
@@ -60,26 +64,29 @@ class Watchdog:
                 self._give_up()
 
     def _write(self) -> None:
-        path = self._folder / f"rank-{self._rank:05}.json"
         beat = {"rank": self._rank, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
         beat |= {"doing": self._doing, "place": self._place, "since": self._since}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(beat))
-        partial.replace(path)
+        with suppress(OSError):  # a full disk is for the checkpoint to report
+            run_folder.write(self._path(self._rank), json.dumps(beat))
+
+    def _path(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank:05}.json"
 
     def _give_up(self) -> None:
-        with (self._folder / f"rank-{self._rank:05}.stack.txt").open("w") as file:
-            faulthandler.dump_traceback(file)
-        beats = [json.loads(path.read_text()) for path in sorted(self._folder.glob("rank-*.json"))]
-        beats = [beat for beat in beats if beat["time"] > self._started]
-        print(
-            f"error: rank {self._rank} has made no progress for {self._limit:.0f} seconds; "
-            f"{describe(beats, self._interval)}; where each rank was: {self._folder}/rank-*.stack.txt. Start again to "
-            "go on from the last checkpoint; a step that takes this long needs a larger training.hang_minutes",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_CODE)
+        try:
+            paths = [self._path(rank) for rank in range(self._num_ranks)]
+            beats = [json.loads(path.read_text()) for path in paths if path.exists()]
+            print(
+                f"error: rank {self._rank} has made no progress for {self._limit:.0f} seconds; "
+                f"{describe(beats, self._interval)}; where each rank was: {self._folder}/rank-*.stack.txt. Start again "
+                "to go on from the last checkpoint; a step that takes this long needs a larger training.hang_minutes",
+                file=sys.stderr,
+                flush=True,
+            )
+            with (self._folder / f"rank-{self._rank:05}.stack.txt").open("w") as file:
+                faulthandler.dump_traceback(file)
+        finally:
+            os._exit(EXIT_CODE)
 
 
 def describe(beats: list[dict[str, Any]], interval: float) -> str:
@@ -102,7 +109,7 @@ def describe(beats: list[dict[str, Any]], interval: float) -> str:
     return f"all ranks are at {beats[0]['doing']}: they wait for each other in a collective"
 
 
-def _listed(beats: list[dict[str, Any]], say: Any) -> str:
+def _listed(beats: list[dict[str, Any]], say: Callable[[dict[str, Any]], str]) -> str:
     names = [
         f"rank {beat['rank']} (pid {beat['pid']} on {beat['host']}) is {say(beat)}" for beat in beats[:MOST_LISTED]
     ]

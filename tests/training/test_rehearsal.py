@@ -128,7 +128,7 @@ def test_a_layout_of_too_many_ranks_is_made_smaller_and_said_to_be(tmp_path: Pat
     rehearsal = shrunk("llama3_8b_32k_longred_c", tmp_path, "parallel.tensor=8", "parallel.pipeline=4")
     assert rehearsal.num_ranks == 16 and rehearsal.recipe.parallel.tensor == 2
     assert "parallel.tensor: 8 -> 4, to fit on 16 ranks" in rehearsal.changes
-    with pytest.raises(UserError, match=r"parallel.pipeline=8 --rehearse"):
+    with pytest.raises(UserError, match=r"parallel.pipeline=16 --rehearse"):
         shrunk(
             "llama3_8b_32k_longred_c",
             tmp_path,

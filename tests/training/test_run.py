@@ -196,3 +196,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(tm
     assert process.returncode != 0
     [checkpoint] = (run / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{read_metrics(run)[-1]['step']:06}"
+
+
+def test_context_ranks_train_what_one_does(tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, training={"steps": 2})
+    train(recipe, f"run.dir={tmp_path}/one")
+    train(recipe, f"run.dir={tmp_path}/two", "parallel.context=2", ranks=2)
+    for one, two in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        for name in (n for n in one if n.startswith("loss") or n == "grad_norm"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5), name

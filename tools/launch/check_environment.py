@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Checks what a run needs before it takes the machines: versions, GPUs, memory, and that all ranks reach each other.
+"""Checks what a run needs before it takes the machines: versions, GPUs, and that all ranks reach each other.
 
 Examples:
     python tools/launch/check_environment.py                                  this machine
@@ -64,7 +64,7 @@ def problems(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def all_reduce_seconds() -> float:
-    """The best of a few sums of MESSAGE_BYTES over all ranks, on the slowest rank."""
+    """The best of a few sums of MESSAGE_BYTES over the world, on the slowest rank."""
     device = "cuda" if _has_gpu() else "cpu"
     message = torch.ones(MESSAGE_BYTES // 4, device=device)
     best = float("inf")
@@ -95,7 +95,7 @@ def main() -> None:
             "cpu:gloo,cuda:nccl" if _has_gpu() else "gloo", timeout=timedelta(minutes=5)
         )
         ranks = [own] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(ranks, own)
+        torch.distributed.all_gather_object(ranks, own)  # the world: every rank compares all
         seconds = all_reduce_seconds()
         rank = torch.distributed.get_rank()
         torch.distributed.destroy_process_group()

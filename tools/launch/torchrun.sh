@@ -14,14 +14,14 @@
 # Whatever follows goes to the training command: overrides such as training.steps=100, or --help.
 # The environment is checked first, over all ranks: tools/launch/check_environment.py.
 set -eu
-cd "$(dirname "$0")/../.."
+root=$(cd "$(dirname "$0")/../.." && pwd)
 
 if [ $# -eq 0 ]; then
     sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+    if [ -x "$root/.venv/bin/python" ]; then PYTHON="$root/.venv/bin/python"; else PYTHON=python; fi
 fi
 if [ -z "${RANKS:-}" ]; then
     RANKS=$(nvidia-smi --list-gpus 2>/dev/null | grep -c . || true)
@@ -34,5 +34,5 @@ launch() {
         --master-addr "${MASTER:-127.0.0.1}" --master-port "${PORT:-29500}" "$@"
 }
 
-launch tools/launch/check_environment.py
+launch "$root/tools/launch/check_environment.py"
 launch -m longred_megatron.train "$@"
