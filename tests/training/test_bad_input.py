@@ -83,11 +83,6 @@ def test_cross_checks_come_together(tmp_path: Path) -> None:
     assert "32" in message and "64" in message  # the target window, and the original
 
 
-def test_what_attention_on_a_cpu_cannot_do_is_refused_and_not_computed_wrongly(tmp_path: Path) -> None:
-    message = fail(make_workspace(tmp_path), "parallel.context=2", "objectives.short_to_long.context_parallel=1")
-    assert "attention on a CPU" in message and "long_text, short_restoration" in message
-
-
 def test_a_set_too_short_for_one_sequence(tmp_path: Path) -> None:
     recipe = make_workspace(tmp_path)
     size = "objectives.long_text.sequence_length=65536"
