@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo layouts chaos tiny-base clean
+.PHONY: help setup test lint format demo layouts chaos study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -35,6 +35,9 @@ layouts: setup ## the table of layouts against one process, up to 8 ranks (2 min
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (6 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos
+
+study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (half an hour)
+	$(PYTHON_IN_VENV) tools/study_packed.py
 
 tiny-base: setup ## makes the demo's base model again, from texts alone (half an hour)
 	$(PYTHON_IN_VENV) tools/make_tiny_base.py

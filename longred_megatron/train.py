@@ -85,15 +85,21 @@ def _check(
 
     from longred_megatron.data.microbatch import MicroBatchSource
     from longred_megatron.data.sequences import check_tokens
+    from longred_megatron.data.tokenizer import check_same_tokenizer
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)
     data = MicroBatchSource(recipe)
     if is_main:
+        if teacher is not None:
+            check_same_tokenizer(recipe.model.hf, recipe.teacher.hf)
         for blend in recipe.data.values():
             for prefix in blend:
-                check_tokens(prefix, source.vocab_size)
-        print(startup_summary(recipe, source, world_size, teacher), flush=True)
+                check_tokens(prefix, min(source.vocab_size, (teacher or source).vocab_size))
+        print(startup_summary(recipe, source, world_size, teacher))
+        for prefix, fraction in data.padding_fractions().items():
+            print(f"packed {prefix}: {fraction:.2%} of its windows is padding")
+        sys.stdout.flush()
     return recipe, source, teacher, data
 
 

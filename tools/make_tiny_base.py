@@ -11,24 +11,21 @@ the input.
 
 import json
 import math
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tiny_runs import BASE, ROOT, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longred_megatron.data.prepare import prepare
 from longred_megatron.data.synthetic import write_sets
 from longred_megatron.data.tokenizer import load_tokenizer
-from longred_megatron.errors import UserError, run_cli
-from longred_megatron.parallel.local_ranks import training_command
+from longred_megatron.errors import run_cli
 
-ROOT = Path(__file__).resolve().parent.parent
-ASSET, BUILD = ROOT / "tests/assets/tiny_base", ROOT / "build/tiny_base"
+BUILD = ROOT / "build/tiny_base"
 SETS = (
     "repeats_128",
     "short_repeats_128",
@@ -45,7 +42,7 @@ SEED = 2024
 def write_windows(texts: Path, prefix: Path, num_tokens: int) -> int:
     """Indexes the first `num_tokens` tokens of each text, so that a training sequence is one text: a key asked for
     was said in it. Returns their number; shorter texts are left out."""
-    tokenizer = load_tokenizer(ASSET / "tokenizer.model")
+    tokenizer = load_tokenizer(BASE / "tokenizer.model")
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     num_windows = 0
     for line in texts.read_text(encoding="utf-8").splitlines():
@@ -79,22 +76,18 @@ def main() -> None:
         if prefix.with_suffix(".idx").exists():
             continue
         if name == "text":
-            print(f"{name}: {prepare([path], ASSET / 'tokenizer.model', prefix).tokens:,} tokens", flush=True)
+            print(f"{name}: {prepare([path], BASE / 'tokenizer.model', prefix).tokens:,} tokens", flush=True)
         else:
             num_tokens = int(name.rpartition("_")[2])
             print(f"{name}: {write_windows(path, prefix, num_tokens):,} x {num_tokens} tokens", flush=True)
     if not (BUILD / "start").exists():
-        write_start(ASSET, BUILD / "start", SEED)
+        write_start(BASE, BUILD / "start", SEED)
     for recipe in sorted((ROOT / "recipes").glob("tiny_base_*.yaml")):
         print(f"\n{recipe.name}", flush=True)
-        command = training_command(recipe, num_ranks=min(2, os.cpu_count() or 1))
-        if subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode:
-            raise UserError(
-                f"{recipe} did not finish; its message is above; the same command goes on from its checkpoint"
-            )
+        train(recipe)  # what has been done is not done again
     last = max(BUILD.glob("stage_*/hf"))
-    shutil.copy(last / "model.safetensors", ASSET / "model.safetensors")
-    print(f"{ASSET / 'model.safetensors'}: written")
+    shutil.copy(last / "model.safetensors", BASE / "model.safetensors")
+    print(f"{BASE / 'model.safetensors'}: written")
 
 
 if __name__ == "__main__":

@@ -4,16 +4,15 @@ Rows and columns are cut, stacked and put back; no number is ever computed, so b
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from longred_megatron.config import Architecture
-from longred_megatron.model.stage import Stage, padded_vocab_size
+from longred_megatron.model.stage import Stage
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -87,16 +86,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Embedding and head: `rows` rows and, after them, rows of zeros up to `padded(tensor-parallel size)`."""
+    """Embedding and head: `rows` rows, of which each rank holds `local` (0: none is to be split), zeros at the end."""
 
     rows: int
-    padded: Callable[[int], int]
+    local: int = 0
 
     def split(self, sources: Sequence[Source], rank: int, size: int) -> Tensor:
-        local = self.padded(size) // size
-        start, end = min(rank * local, self.rows), min((rank + 1) * local, self.rows)
+        start, end = (min(place * self.local, self.rows) for place in (rank, rank + 1))
         part = sources[0][start:end]
-        return torch.cat((part, part.new_zeros(local - len(part), *part.shape[1:])))
+        return torch.cat((part, part.new_zeros(self.local - len(part), *part.shape[1:])))
 
     def join(self, shards: Sequence[Tensor]) -> list[Tensor]:
         return [torch.cat(list(shards))[: self.rows].contiguous()]
@@ -190,10 +188,13 @@ def layer_rules(architecture: Architecture) -> list[Rule]:
     return rules
 
 
-def outer_rules(architecture: Architecture) -> list[Rule]:
-    """The parameters outside the layers. A tied head (a copy on the last stage) reads the embedding."""
+def outer_rules(architecture: Architecture, local_rows: int = 0) -> list[Rule]:
+    """The parameters outside the layers. A tied head (a copy on the last stage) reads the embedding.
+
+    local_rows: of the vocabulary on each tensor rank.
+    """
     shape = (architecture.vocab_size, architecture.hidden_size)
-    rows = PaddedRows(architecture.vocab_size, partial(padded_vocab_size, architecture))
+    rows = PaddedRows(architecture.vocab_size, local_rows)
     head = EMBEDDING if architecture.tied_embeddings else HEAD
     return [
         Rule(("embedding.word_embeddings.weight",), {EMBEDDING: shape}, rows),
@@ -211,7 +212,7 @@ def tensor_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 def stage_rules(stage: Stage, architecture: Architecture) -> dict[str, Rule]:
     """The rule of every parameter of `stage`, by the parameter's name, with the model-wide layer numbers."""
-    outer = {name: rule for rule in outer_rules(architecture) for name in rule.megatron}
+    outer = {name: rule for rule in outer_rules(architecture, stage.local_vocab_rows) for name in rule.megatron}
     layer = {name: rule for rule in layer_rules(architecture) for name in rule.megatron}
     rules = {}
     for name, _ in stage.named_parameters():

@@ -6,7 +6,16 @@ from typing import Any
 
 from longred_megatron.config.architecture import Architecture
 from longred_megatron.config.problems import nearest
-from longred_megatron.config.schema import AbfRope, PiRope, Recipe, ShortToLong, UnchangedRope, YarnRope
+from longred_megatron.config.schema import (
+    AbfRope,
+    PackedDistillation,
+    PiRope,
+    Recipe,
+    ShortRestoration,
+    ShortToLong,
+    UnchangedRope,
+    YarnRope,
+)
 
 MIN_SKIPPED_TOKENS = 3  # one id each for the head, the middle and the tail of skipped positions
 
@@ -34,6 +43,7 @@ def check_recipe(
         *_length_problems(recipe, teacher),
         *_layer_problems(recipe, architecture),
         *_teacher_problems(recipe, architecture, teacher),
+        *_packed_problems(recipe, architecture),
         *_data_problems(recipe),
         *_model_cut_problems(recipe, "model.hf", architecture),
         *(_model_cut_problems(recipe, "teacher.hf", teacher) if _has_other_teacher(recipe) else ()),
@@ -151,10 +161,13 @@ def _teacher_problems(recipe: Recipe, architecture: Architecture, teacher: Archi
     if not recipe.needs_teacher:
         yield (
             f"`teacher.hf` is {recipe.teacher.hf}: has no effect, since no objective compares with a "
-            "teacher; remove it, or add short_restoration or short_to_long"
+            "teacher; remove it, or add short_restoration, short_to_long or packed_distillation"
         )
         return
-    restoring = [name for name, settings in recipe.objectives.items() if settings.needs_teacher]
+    kinds = (ShortRestoration, ShortToLong)
+    restoring = [name for name, settings in recipe.objectives.items() if isinstance(settings, kinds)]
+    if not restoring:
+        return
     same = [("hidden_size", "hidden states"), ("vocab_size", "token ids")]
     if recipe.objectives.short_restoration is not None:
         same.append(("num_layers", "layers"))
@@ -166,6 +179,36 @@ def _teacher_problems(recipe: Recipe, architecture: Architecture, teacher: Archi
                 f"model.hf, since {_listed(restoring)} compare {compared} one to one; choose a teacher of "
                 "that size"
             )
+
+
+def _packed_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    packed = recipe.objectives.packed_distillation
+    if packed is None:
+        return
+    path = "`objectives.packed_distillation"
+    if packed.top_k is not None and packed.top_k >= architecture.vocab_size:
+        yield (
+            f"{path}.top_k` is {packed.top_k}: has no effect, model.hf has {architecture.vocab_size} tokens; leave it "
+            "out, or use less"
+        )
+    if not packed.needs_teacher:
+        for key in ("direction", "temperature", "top_k"):
+            value, default = getattr(packed, key), PackedDistillation.model_fields[key].default
+            if value != default:
+                yield (
+                    f"{path}.{key}` is {value}: has no effect, since cross_entropy is 1 and no teacher is compared "
+                    "with; leave it out, or lower cross_entropy"
+                )
+    if packed.mask_documents and recipe.parallel.context > 1 and packed.context_parallel != 1:
+        yield (
+            f"{path}.mask_documents` is true and `parallel.context` {recipe.parallel.context}: documents that see only "
+            "themselves need whole sequences on each rank; set context_parallel: 1, or mask_documents: false"
+        )
+    if packed.mask_documents and recipe.precision.fp8_attention:
+        yield (
+            f"{path}.mask_documents` is true: Transformer Engine's FP8 attention does not train on packed documents; "
+            "set `precision.fp8_attention` to false, or mask_documents to false"
+        )
 
 
 def _data_problems(recipe: Recipe) -> Iterator[str]:
@@ -195,7 +238,7 @@ def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) 
             f"nearest: {_divisors(cut, parallel.tensor)}"
         )
     chunks = parallel.num_chunks
-    if parallel.layers_per_stage is not None:
+    if parallel.layers_per_stage is not None and whose == "model.hf":
         sizes = list(parallel.layers_per_stage)
         if chunks == 1:
             yield f"`parallel.layers_per_stage` is {sizes}: has no effect at `parallel.pipeline` 1; set it to null"
@@ -204,6 +247,13 @@ def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) 
                 f"`parallel.layers_per_stage` is {sizes}: must be {chunks} numbers, one for each of pipeline x "
                 f"virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline or 1} chunks, that add up to the "
                 f"{architecture.num_layers} layers of {whose}{_even_split(architecture.num_layers, chunks)}"
+            )
+    elif whose == "teacher.hf":  # split by its own depth
+        if architecture.num_layers < chunks:
+            yield (
+                f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
+                f"{parallel.virtual_pipeline or 1} = {chunks}: more than the {architecture.num_layers} layers of "
+                f"{whose}; use {architecture.num_layers} or less"
             )
     elif architecture.num_layers % chunks:
         yield (

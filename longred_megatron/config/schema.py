@@ -7,7 +7,7 @@ Values are strict: the text "8" is not a number and `true` is not 1. Unknown key
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -90,7 +90,7 @@ class Model(Settings):
 
 
 class Teacher(Settings):
-    """The frozen model whose hidden states are restored; it keeps its own RoPE."""
+    """The frozen model that the student is compared with; it keeps its own RoPE."""
 
     hf: RecipePath = Field(description="Hugging Face folder of the teacher; left out: model.hf")
 
@@ -106,8 +106,6 @@ class Step(Settings):
 class Objective(Settings):
     """What all objectives have in common."""
 
-    needs_teacher: ClassVar[bool]
-
     microbatches: PositiveInt = Field(
         description="micro-batches of this objective per optimizer step, over all data-parallel replicas"
     )
@@ -119,22 +117,27 @@ class Objective(Settings):
         description="1: each context rank holds whole sequences; left out: parallel.context ranks share each",
     )
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss compares with the teacher."""
+        return True
+
 
 class LongText(Objective):
     """Next-token cross-entropy on long texts."""
-
-    needs_teacher: ClassVar[bool] = False
 
     weight: PositiveFloat = Field(
         1.0,
         description="factor of the loss in the step loss; 1: the others are relative to it, LongReD Eq. 18",
     )
 
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
 
 class ShortToLong(Objective):
     """Last hidden state at skipped positions against the teacher's at natural ones (1 - cosine)."""
-
-    needs_teacher: ClassVar[bool] = True
 
     positions: Literal["cream", "uniform", "natural"] = Field(
         description="how the student's positions spread over the target window"
@@ -144,11 +147,36 @@ class ShortToLong(Objective):
 class ShortRestoration(Objective):
     """Hidden states of chosen layers against the teacher's on short texts (1 - cosine, layers summed)."""
 
-    needs_teacher: ClassVar[bool] = True
-
     layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(
         description="restored layers numbered as in Hugging Face hidden_states: 1 is the first layer's output"
     )
+
+
+class PackedDistillation(Objective):
+    """Next-token distributions against a long-context teacher's, on short texts packed into a long window.
+
+    The token's loss is (1 - cross_entropy) x temperature^2 x divergence + cross_entropy x next-token cross-entropy.
+    """
+
+    weight: PositiveFloat = Field(1.0, description="factor of the loss in the step loss")
+    direction: Literal["forward", "reverse", "jensen_shannon"] = Field(
+        "forward", description="of the divergence; forward: KL(teacher || student), as in arXiv 2511.06719"
+    )
+    temperature: PositiveFloat = Field(1.0, description="divisor of both models' logits in the divergence")
+    top_k: PositiveInt | None = Field(
+        None, description="the teacher's k likeliest tokens, and one bucket for all others; null: every token"
+    )
+    cross_entropy: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of next-token cross-entropy in the loss; 1: no teacher"
+    )
+    mask_documents: bool = Field(False, description="whether a text of the pack sees only itself")
+    restart_positions: bool = Field(
+        False, description="whether each text's positions start at 0; false: they run on through the pack"
+    )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.cross_entropy < 1
 
 
 class Objectives(Settings):
@@ -157,6 +185,9 @@ class Objectives(Settings):
     long_text: LongText | None = Field(None, description="cross-entropy on long texts")
     short_to_long: ShortToLong | None = Field(None, description="distillation at skipped positions")
     short_restoration: ShortRestoration | None = Field(None, description="distillation of layers on short texts")
+    packed_distillation: PackedDistillation | None = Field(
+        None, description="distillation of logits on packed short texts"
+    )
 
     @model_validator(mode="after")
     def _at_least_one(self) -> Self:
@@ -165,7 +196,7 @@ class Objectives(Settings):
             raise ValueError(f"needs at least one objective; add one of {names}")
         return self
 
-    def items(self) -> Iterator[tuple[str, LongText | ShortToLong | ShortRestoration]]:
+    def items(self) -> Iterator[tuple[str, LongText | ShortToLong | ShortRestoration | PackedDistillation]]:
         """Name and settings of the objectives that are present, in the order of the schema."""
         for name in type(self).model_fields:
             settings = getattr(self, name)
@@ -195,6 +226,14 @@ class Parallel(Settings):
     def num_chunks(self) -> int:
         """Pipeline stages times the model chunks on each. Chunk i lies on stage i mod `pipeline`."""
         return self.pipeline * (self.virtual_pipeline or 1)
+
+    def for_depth(self, num_layers: int) -> "Parallel":
+        """The same stages for a model of `num_layers` layers, split by its own depth, as evenly as it goes."""
+        chunks = self.num_chunks
+        if num_layers == sum(self.layers_per_stage or (0,)) or (not self.layers_per_stage and num_layers % chunks == 0):
+            return self
+        sizes = tuple((i + 1) * num_layers // chunks - i * num_layers // chunks for i in range(chunks))
+        return self.model_copy(update={"layers_per_stage": sizes})
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """The layer numbers (from 1) of each chunk."""

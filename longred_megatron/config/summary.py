@@ -61,8 +61,8 @@ def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Archite
 
     - parameters = b * N, gradients = 4 * N, optimizer = (12 with bf16, 8 with fp32) * N / (dp * cp),
       N = (layers / pp * parameters of a layer + embedding or head) / tp
-    - teacher = b * its N without the head and without layers above the deepest restored one
-    - teacher targets = b * h * T / cp * restored layers of a stage, summed over the replica's micro-batches
+    - teacher = b * its N, without the layers above the deepest compared one and without a head no loss needs
+    - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
       recompute full keeps h, and one layer's working set on top; otherwise all of it (`_layer_elements`)
     - with sequence parallelism, hidden states count T / cp / tp tokens
@@ -70,13 +70,13 @@ def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Archite
     """
     parallel, size = recipe.parallel, PARAMETER_BYTES[recipe.precision.params]
     replicas = _replicas(recipe, world_size)
-    parameters = _stage_parameters(recipe, architecture, architecture.num_layers, with_head=True)
-    has_head_loss = recipe.objectives.long_text is not None
+    parameters = _stage_parameters(recipe, architecture, architecture.num_layers, True)
+    has_head_loss = recipe.objectives.long_text is not None or recipe.objectives.packed_distillation is not None
     return Memory(
         parameters=size * parameters,
         gradients=GRADIENT_BYTES * parameters,
         optimizer=OPTIMIZER_BYTES[recipe.precision.params] * parameters / (replicas * parallel.context),
-        teacher=size * _stage_parameters(recipe, teacher, _deepest_layer(recipe, teacher), with_head=False),
+        teacher=size * _stage_parameters(recipe, teacher, _deepest_layer(recipe, teacher), _has_teacher_head(recipe)),
         teacher_targets=_target_elements(recipe, teacher, replicas) * size,
         activations=_activation_elements(recipe, architecture, replicas) * size,
         loss_logits=LOSS_CHUNK_TOKENS * architecture.vocab_size / parallel.tensor * LOSS_BYTES_PER_LOGIT
@@ -146,8 +146,8 @@ def _memory_lines(
         "parameters": f"{PARAMETER_BYTES[recipe.precision.params]} bytes x N",
         "gradients": f"{GRADIENT_BYTES} bytes x N",
         "optimizer": f"{OPTIMIZER_BYTES[recipe.precision.params]} bytes x N / (data x context)",
-        "teacher": "forward only: no gradients, no optimizer, no head",
-        "teacher_targets": "hidden states of the restored layers, kept for the student's pass",
+        "teacher": "forward only: no gradients, no optimizer",
+        "teacher_targets": "hidden states of the compared layers, kept for the student's pass",
         "activations": f"recompute {recipe.training.recompute}",
         "loss_logits": f"{LOSS_CHUNK_TOKENS:,} tokens at a time",
     }
@@ -158,19 +158,23 @@ def _memory_lines(
 
 def _skipped_lines(recipe: Recipe, teacher: Architecture) -> list[tuple[str, str]]:
     """What no loss uses, and so is not computed."""
-    without_teacher = [name for name, settings in recipe.objectives.items() if not settings.needs_teacher]
-    without_head = [name for name, settings in recipe.objectives.items() if settings.needs_teacher]
+    objectives = dict(recipe.objectives.items())
+    without_teacher = [name for name, settings in objectives.items() if not settings.needs_teacher]
+    without_head = [name for name in objectives if name in ("short_to_long", "short_restoration")]
     skipped = []
-    if without_head:
+    if not recipe.needs_teacher:
+        skipped.append("the teacher (no objective compares with it)")
+    else:
         if without_teacher:
             skipped.append(f"the teacher on {', '.join(without_teacher)}")
         depth = _deepest_layer(recipe, teacher)
         if depth < teacher.num_layers:
             skipped.append(f"the teacher's layers {depth + 1} to {teacher.num_layers}")
-        skipped += ["the teacher's head", f"the model's head on {', '.join(without_head)}"]
-    else:
-        skipped.append("the teacher (no objective compares with it)")
-    return [("not computed", "; ".join(skipped))]
+        if not _has_teacher_head(recipe):
+            skipped.append("the teacher's head")
+    if without_head:
+        skipped.append(f"the model's head on {', '.join(without_head)}")
+    return [("not computed", "; ".join(skipped) or "nothing")]
 
 
 def _replicas(recipe: Recipe, world_size: int) -> int:
@@ -179,13 +183,18 @@ def _replicas(recipe: Recipe, world_size: int) -> int:
 
 def _deepest_layer(recipe: Recipe, teacher: Architecture) -> int:
     """The last layer the teacher has to run; 0 where there is no teacher."""
-    if recipe.objectives.short_to_long is not None:
+    if recipe.objectives.short_to_long is not None or _has_teacher_head(recipe):
         return teacher.num_layers
     restoration = recipe.objectives.short_restoration
     return 0 if restoration is None else max(restoration.layers)
 
 
-def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, *, with_head: bool) -> float:
+def _has_teacher_head(recipe: Recipe) -> bool:
+    packed = recipe.objectives.packed_distillation
+    return packed is not None and packed.needs_teacher
+
+
+def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, with_head: bool) -> float:
     """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they are."""
     if num_layers == 0:
         return 0
@@ -201,7 +210,8 @@ def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: in
 
 def _stages(recipe: Recipe, architecture: Architecture) -> list[list[int]]:
     """Layer numbers (from 1) of each pipeline stage."""
-    chunks, pipeline = recipe.parallel.chunk_layers(architecture.num_layers), recipe.parallel.pipeline
+    depth, pipeline = architecture.num_layers, recipe.parallel.pipeline
+    chunks = recipe.parallel.for_depth(depth).chunk_layers(depth)
     return [[number for chunk in chunks[stage::pipeline] for number in chunk] for stage in range(pipeline)]
 
 

@@ -8,10 +8,11 @@ resumed at any step, made longer, or laid out over another number of replicas, a
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -108,6 +109,27 @@ def _largest_token(dataset: IndexedDataset) -> int:
     return max((int(block.max()) for block in blocks), default=-1)
 
 
+class IndexedDocuments:
+    """The documents of one indexed data set, without empty ones.
+
+    Raises: `UserError` for missing or damaged files.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._dataset = open_indexed(prefix)
+        borders = self._dataset.document_indices  # in sequences of the file; a document may have several
+        tokens_before = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
+        lengths = np.diff(tokens_before[borders])
+        self.lengths: NDArray[np.int64] = lengths[lengths > 0]  # [documents], in tokens
+        self.num_tokens = int(self.lengths.sum())
+        self._first_sequences = borders[:-1][lengths > 0]
+
+    def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
+        """Tokens offset ... offset + length - 1 of a document."""
+        # A document's sequences lie one behind the other in the file: one read goes on from its first.
+        return self._dataset.get(int(self._first_sequences[document]), offset, length)
+
+
 @dataclass(frozen=True)
 class _Epoch:
     """One pass over a set: its documents end to end, and the order in which the pieces are used."""
@@ -131,17 +153,12 @@ class IndexedSequences:
         self.prefix = prefix
         self.sequence_length = sequence_length
         self._seed = seed
-        self._dataset = open_indexed(prefix)
-        borders = self._dataset.document_indices  # in sequences of the file; a document may have several
-        tokens_before = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
-        lengths = np.diff(tokens_before[borders])
-        self._document_lengths = lengths[lengths > 0]
-        self._first_sequences = borders[:-1][lengths > 0]
-        self.num_tokens = int(self._document_lengths.sum())
-        self.pieces_per_epoch = (self.num_tokens - 1) // sequence_length
+        self._documents = IndexedDocuments(prefix)
+        num_tokens = self._documents.num_tokens
+        self.pieces_per_epoch = (num_tokens - 1) // sequence_length
         if self.pieces_per_epoch < 1:
             raise UserError(
-                f"data prefix {prefix}: its {self.num_tokens} tokens are too few for one sequence; "
+                f"data prefix {prefix}: its {num_tokens} tokens are too few for one sequence; "
                 f"sequence_length {sequence_length} needs {sequence_length + 1}: give more text or a smaller "
                 "sequence_length"
             )
@@ -156,50 +173,63 @@ class IndexedSequences:
 
     def _draw_epoch(self, number: int) -> _Epoch:
         bits = np.random.PCG64(np.random.SeedSequence([*self._seed, number]))
-        documents = _permutation(bits, len(self._document_lengths))
-        ends = np.cumsum(self._document_lengths[documents])
-        return _Epoch(documents, ends, _permutation(bits, self.pieces_per_epoch))
+        documents = permutation(bits, len(self._documents.lengths))
+        ends = np.cumsum(self._documents.lengths[documents])
+        return _Epoch(documents, ends, permutation(bits, self.pieces_per_epoch))
 
     def _read(self, epoch: _Epoch, start: int, stop: int) -> NDArray[np.int64]:
         tokens = np.empty(stop - start, dtype=np.int64)
         place = int(np.searchsorted(epoch.ends, start, side="right"))
         at = start
         while at < stop:
-            document, end = epoch.documents[place], int(epoch.ends[place])
-            offset = at - (end - int(self._document_lengths[document]))
+            document, end = int(epoch.documents[place]), int(epoch.ends[place])
+            offset = at - (end - int(self._documents.lengths[document]))
             length = min(end, stop) - at
-            # A document's sequences lie one behind the other in the file: one read goes on from its first.
-            read = self._dataset.get(int(self._first_sequences[document]), offset, length)
-            tokens[at - start : at - start + length] = read
+            tokens[at - start : at - start + length] = self._documents.read(document, offset, length)
             at += length
             place += 1
         return tokens
 
 
-def _permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
+def permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
+    """0 ... size - 1 in an order drawn from `bits`, the same with every version of numpy."""
     # numpy promises the raw bits of PCG64 for all versions, but not `Generator.permutation`: a resumed run
     # may meet another numpy.
     return np.argsort(bits.random_raw(size), kind="stable")
 
 
-class SequenceSource:
+class Series[Sample](Protocol):
+    """An endless series of samples."""
+
+    def __getitem__(self, sample: int) -> Sample: ...
+
+
+class SequenceSource[Sample]:
     """Sequences from a weighted blend of indexed token files.
 
     Sample `index` (0, 1, ..., without end) is a pure function of (blend, sequence_length, seed, index): of no
-    step count, batch size, replica count or cache. `Interleaving` says which set it comes from,
-    `IndexedSequences` which tokens.
+    step count, batch size, replica count or cache. `Interleaving` says which set it comes from, `sequences` which
+    tokens.
 
     Args:
+        sequences: makes the series of one set from (prefix, sequence_length, seed): `IndexedSequences` or
+            `packing.PackedSequences`.
         blend: prefix of the files of each set -> its share of the samples, in any unit.
-        sequence_length: in tokens; a sample has one more, for the last label.
+        sequence_length: in tokens.
         seed: a non-negative integer. A set's own order is keyed by it and by the set's place in the blend, so
             files may be moved.
 
     Raises: `UserError` for an empty blend, weights that are not positive numbers, and for what
-    `IndexedSequences` raises; all in one.
+    `sequences` raises; all in one.
     """
 
-    def __init__(self, blend: Mapping[str, float], sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        sequences: Callable[[str, int, tuple[int, ...]], Series[Sample]],
+        blend: Mapping[str, float],
+        sequence_length: int,
+        seed: int,
+    ) -> None:
         if not blend:
             raise UserError("a data blend names no set; give at least one `prefix: weight`")
         problems = [
@@ -207,18 +237,18 @@ class SequenceSource:
             for prefix, weight in blend.items()
             if not (math.isfinite(weight) and weight > 0)
         ]
-        self.sets: list[IndexedSequences] = []
+        self.sets: list[Series[Sample]] = []
         for place, prefix in enumerate(blend):
             try:
-                self.sets.append(IndexedSequences(prefix, sequence_length, (seed, place)))
+                self.sets.append(sequences(prefix, sequence_length, (seed, place)))
             except UserError as error:
                 problems += error.problems
         if problems:
             raise UserError(*problems)
         self._interleaving = Interleaving(list(blend.values()))
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
-        """Tokens [sequence_length + 1] of sample `index`."""
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index` of the blend."""
         if index < 0:
             raise IndexError(f"sample {index}: samples are numbered from 0")
         chosen, sample = self._interleaving[index]

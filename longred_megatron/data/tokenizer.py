@@ -52,6 +52,36 @@ def file_digests(path: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()}
 
 
+def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
+    """Checks that token ids mean the same to student and teacher: vocabulary, added tokens, begin and end tokens.
+
+    Folders without a tokenizer, both of them, pass: there is nothing to compare.
+
+    Raises: `UserError` with the first entries that differ.
+    """
+    from transformers import AutoTokenizer
+
+    with_tokenizer = [path for path in (hf, teacher_hf) if file_digests(path)]
+    if not with_tokenizer or file_digests(hf) == file_digests(teacher_hf):
+        return
+    if len(with_tokenizer) == 1:
+        raise UserError(f"model.hf {hf} and teacher.hf {teacher_hf}: only {with_tokenizer[0]} has a tokenizer")
+    ours, theirs = (AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (hf, teacher_hf))
+    problems = []
+    entries = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda entry: entry[::-1])
+    if entries:
+        listed = ", ".join(f"{token!r} is {number}" for token, number in entries[:4])
+        problems.append(f"{len(entries)} entries are in one vocabulary only ({listed})")
+    for name in ("bos_token", "eos_token"):
+        if getattr(ours, name) != getattr(theirs, name):
+            problems.append(f"{name} is {getattr(ours, name)!r} and {getattr(theirs, name)!r}")
+    if problems:
+        raise UserError(
+            f"model.hf {hf} and teacher.hf {teacher_hf} have different tokenizers: {'; '.join(problems)}; "
+            "packed_distillation compares token by token: choose a teacher with the student's tokenizer"
+        )
+
+
 class HuggingFaceTokenizer:
     """A transformers tokenizer; documents end with its end-of-sequence token.
 

@@ -1,13 +1,20 @@
-"""Attention over equal-length sequences that lie end to end in one flat [tokens, 1, hidden] micro-batch."""
+"""Attention over equal-length sequences that lie end to end in one flat [tokens, 1, hidden] micro-batch.
+
+Each may be a pack of documents of any lengths that do not see each other.
+"""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+
+Documents = Sequence[Sequence[int]]
+"""The lengths of each sequence's documents, in order; they add up to the sequence's length."""
 
 
 @dataclass
@@ -17,10 +24,34 @@ class SequenceLayout(PackedSeqParams):
     Travels with the micro-batch through Megatron's `packed_seq_params` argument: attention may run again during the
     backward pass of another micro-batch's turn, so nothing of this may be kept in a module. With context parallelism,
     Megatron's `cp_group` is the group that shares each sequence, or `local_cp_size` is 1 where ranks hold whole ones.
+    Where tokens see only their own document, `document_lengths` has the lengths of all, in the order of the tokens.
     """
 
     qkv_format: str = "bshd"
     num_sequences: int = 1
+    document_lengths: list[int] | None = None
+
+
+def sequence_layout(
+    num_sequences: int, documents: Documents | None, device: torch.device, **context: Any
+) -> SequenceLayout:
+    """The layout of `num_sequences` equally long sequences, with Transformer Engine's borders of their documents.
+
+    The format stays `bshd`: from `thd`, Megatron would take RoPE's positions from the borders. Attention changes it.
+    """
+    if documents is None:
+        return SequenceLayout(num_sequences=num_sequences, **context)
+    lengths = [length for sequence in documents for length in sequence]
+    borders = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+    return SequenceLayout(
+        num_sequences=num_sequences,
+        document_lengths=lengths,
+        cu_seqlens_q=borders,
+        cu_seqlens_kv=borders,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        **context,
+    )
 
 
 def _by_sequence(x: Tensor, layout: SequenceLayout) -> Tensor:
@@ -59,12 +90,19 @@ class SdpaAttention(torch.nn.Module):
     ) -> Tensor:
         """[tokens, 1, heads or kv_heads, head_dim] each -> [tokens, 1, heads x head_dim]."""
         assert packed_seq_params is not None
-        group = packed_seq_params.cp_group
-        if group is None:
+        group, lengths = packed_seq_params.cp_group, packed_seq_params.document_lengths
+        if lengths is not None:
+            out = self._attend_by_document(query, key, value, lengths)
+        elif group is None:
             out = self._attend(*(_by_sequence(x, packed_seq_params) for x in (query, key, value)))
         else:
             out = self._attend_across(query, key, value, packed_seq_params, group)
         return out.reshape(query.shape[0], 1, -1).to(query.dtype)
+
+    def _attend_by_document(self, query: Tensor, key: Tensor, value: Tensor, lengths: list[int]) -> Tensor:
+        """Each document alone: no work is spent on pairs of tokens that do not see each other."""
+        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        return torch.cat([self._attend(q, k, v) for q, k, v in parts], dim=1)
 
     def _attend_across(
         self,
@@ -112,7 +150,8 @@ class SdpaAttention(torch.nn.Module):
 
 
 def transformer_engine_attention() -> type:
-    """The same on a GPU: Transformer Engine's attention, fed [sequences, sequence_length, heads, head_dim] views."""
+    """The same on a GPU: Transformer Engine's attention, fed [sequences, sequence_length, heads, head_dim] views, or
+    [tokens, heads, head_dim] and the documents' borders in its packed format (`thd`)."""
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class FlatTEDotProductAttention(TEDotProductAttention):
@@ -128,14 +167,12 @@ def transformer_engine_attention() -> type:
             num_splits: int | None = None,
         ) -> Tensor:
             assert packed_seq_params is not None
-            out = super().forward(
-                *(_by_sequence(x, packed_seq_params) for x in (query, key, value)),
-                attention_mask,
-                attn_mask_type,
-                attention_bias,
-                packed_seq_params,
-                num_splits,
-            )
+            layout, qkv = packed_seq_params, (query, key, value)
+            if layout.document_lengths is None:
+                inputs = [_by_sequence(x, layout) for x in qkv]
+            else:
+                layout, inputs = replace(layout, qkv_format="thd"), [x.squeeze(1) for x in qkv]
+            out = super().forward(*inputs, attention_mask, attn_mask_type, attention_bias, layout, num_splits)
             return out.reshape(query.shape[0], 1, -1)
 
     return FlatTEDotProductAttention

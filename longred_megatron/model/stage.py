@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from longred_megatron.config import Architecture, Parallel, Precision
-from longred_megatron.model.attention import SequenceLayout
+from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
@@ -30,6 +30,7 @@ class Stage(GPTModel):
         frequencies: Tensor,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
+        vocab_rows: int,
     ) -> None:
         pp_rank, num_stages = groups.pp.rank(), groups.pp.size()
         num_chunks = config.virtual_pipeline_model_parallel_size or 1
@@ -37,7 +38,7 @@ class Stage(GPTModel):
         super().__init__(
             config,
             block_submodules(config, num_layers, transformer_engine=torch.cuda.is_available()),
-            vocab_size=padded_vocab_size(architecture, config.tensor_model_parallel_size),
+            vocab_size=vocab_rows,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=pp_rank == 0 and (vp_stage or 0) == 0,
             post_process=pp_rank == num_stages - 1 and (vp_stage or 0) == num_chunks - 1,
@@ -47,6 +48,7 @@ class Stage(GPTModel):
             vp_stage=vp_stage,
         )
         self.architecture = architecture
+        self.local_vocab_rows = vocab_rows // config.tensor_model_parallel_size
         # Not a buffer: conversion of the module to bf16 must not touch it.
         self.frequencies = frequencies
 
@@ -56,12 +58,18 @@ class Stage(GPTModel):
         return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, layers: Collection[int] = (), whole_sequences: bool = False
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        layers: Collection[int] = (),
+        whole_sequences: bool = False,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Args:
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
             layers: layer numbers whose outputs are wanted; those of other stages are ignored.
             whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
+            documents: lengths of each sequence's documents, where a token sees only its own; needs whole sequences.
 
         Returns:
             The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
@@ -74,7 +82,7 @@ class Stage(GPTModel):
             hidden,
             attention_mask=None,
             rotary_pos_emb=rotary_table(positions, self.frequencies),
-            packed_seq_params=self._layout(tokens.shape[0], whole_sequences),
+            packed_seq_params=self._layout(tokens, whole_sequences, documents),
             extract_layer_indices={k - 1 for k in inner},
         )
         output, extracted = output if inner else (output, [])
@@ -83,13 +91,14 @@ class Stage(GPTModel):
             states[self.architecture.num_layers] = output
         return output, states
 
-    def _layout(self, num_sequences: int, whole_sequences: bool) -> SequenceLayout:
-        context = self.pg_collection.cp
+    def _layout(self, tokens: Tensor, whole_sequences: bool, documents: Documents | None) -> SequenceLayout:
+        num_sequences, device, context = tokens.shape[0], tokens.device, self.pg_collection.cp
         if context.size() == 1:
-            return SequenceLayout(num_sequences=num_sequences)
+            return sequence_layout(num_sequences, documents, device)
         if whole_sequences:
-            return SequenceLayout(num_sequences=num_sequences, local_cp_size=1)
-        return SequenceLayout(num_sequences=num_sequences, cp_group=context)
+            return sequence_layout(num_sequences, documents, device, local_cp_size=1)
+        assert documents is None
+        return sequence_layout(num_sequences, None, device, cp_group=context)
 
     def head_weight(self) -> Tensor:
         """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""
@@ -97,10 +106,10 @@ class Stage(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight  # Megatron's own accessor would give a single stage's embedding
 
-    def truncate(self, depth: int) -> None:
-        """Drops the layers above number `depth` and the head: for a teacher whose deepest wanted layer is `depth`."""
+    def truncate(self, depth: int, keep_head: bool) -> None:
+        """Drops the layers above number `depth`, and the head unless it is kept: what no loss needs of a teacher."""
         self.decoder.layers = torch.nn.ModuleList(m for m in self.decoder.layers if m.layer_number <= depth)
-        if self.post_process:
+        if self.post_process and not keep_head:
             del self.output_layer
 
 
@@ -115,10 +124,13 @@ def build_stages(
     precision: Precision,
     groups: ProcessGroupCollection,
     recompute: str = "none",
+    vocab_rows: int | None = None,
 ) -> list[Stage]:
     """This rank's stages in order, one per virtual pipeline chunk, with uninitialised weights.
 
     Position encoding follows `architecture.rope`; give the student an architecture whose `rope` is the extended one.
+
+    vocab_rows: of embedding and head over all tensor ranks; None: the architecture's, filled up to a multiple of them.
     """
     frequencies, attention_factor = inverse_frequencies(architecture.rope, architecture.head_dim)
     config = transformer_config(
@@ -126,4 +138,5 @@ def build_stages(
     )
     frequencies = frequencies.to(torch.cuda.current_device())
     chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
-    return [Stage(architecture, config, frequencies, groups, chunk) for chunk in chunks]
+    rows = vocab_rows or padded_vocab_size(architecture, parallel.tensor)
+    return [Stage(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]

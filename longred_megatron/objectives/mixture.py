@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
-CROSS_ENTROPY_OBJECTIVES = ("long_text",)
-DISTILLATION_OBJECTIVES = ("short_restoration", "short_to_long")
-# Cross-entropy last: with overlapped gradient reduction the last micro-batch has to touch every parameter,
-# and only cross-entropy reaches the output layer.
-OBJECTIVES = DISTILLATION_OBJECTIVES + CROSS_ENTROPY_OBJECTIVES
+# What a loss compares: hidden states of layers, or next-token distributions.
+HIDDEN_STATE_OBJECTIVES = ("short_restoration", "short_to_long")
+TOKEN_OBJECTIVES = ("packed_distillation", "long_text")
+# Those of tokens last: with overlapped gradient reduction the last micro-batch has to touch every parameter, and only
+# they reach the output layer.
+OBJECTIVES = HIDDEN_STATE_OBJECTIVES + TOKEN_OBJECTIVES
 
 
 def microbatch_order(counts: Mapping[str, int]) -> list[str]:

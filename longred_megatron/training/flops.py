@@ -1,7 +1,7 @@
 """Floating-point operations a training step needs, for model FLOPs utilization."""
 
 from longred_megatron.config import Architecture, Recipe
-from longred_megatron.objectives.mixture import CROSS_ENTROPY_OBJECTIVES
+from longred_megatron.objectives.mixture import TOKEN_OBJECTIVES
 
 
 def forward_flops_per_token(architecture: Architecture, depth: int, sequence_length: int, head: bool) -> float:
@@ -22,9 +22,9 @@ def step_flops(recipe: Recipe, student: Architecture, teacher: Architecture | No
     forward. Recomputed activations do not count: they are a choice, not part of the model."""
     total = 0.0
     for name, objective in recipe.objectives.items():
-        head, length = name in CROSS_ENTROPY_OBJECTIVES, objective.sequence_length
+        head, length = name in TOKEN_OBJECTIVES, objective.sequence_length
         per_token = 3 * forward_flops_per_token(student, student.num_layers, length, head)
-        if teacher is not None and not head:
-            per_token += forward_flops_per_token(teacher, teacher_depth, length, head=False)
+        if teacher is not None and objective.needs_teacher:
+            per_token += forward_flops_per_token(teacher, teacher_depth, length, head)
         total += objective.microbatches * recipe.step.tokens_per_microbatch * per_token
     return total

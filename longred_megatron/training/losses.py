@@ -9,19 +9,23 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from longred_megatron.config.schema import Objective, PackedDistillation
 from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.model.stage import Stage
 from longred_megatron.objectives.cross_entropy import linear_cross_entropy
-from longred_megatron.objectives.mixture import CROSS_ENTROPY_OBJECTIVES
+from longred_megatron.objectives.logit_distillation import linear_distillation
+from longred_megatron.objectives.mixture import HIDDEN_STATE_OBJECTIVES
 from longred_megatron.objectives.restoration import restoration_loss
 
 
 def stage_losses(
     stage: Stage,
     microbatch: MicroBatch,
+    settings: Objective,
     output: Tensor,
     states: Mapping[int, Tensor],
     targets: Mapping[int, Tensor],
+    teacher: Stage | None,
     groups: ProcessGroupCollection,
 ) -> dict[str, Tensor]:
     """This rank's share of the micro-batch's losses on this stage, by metric name, without the objective's weight.
@@ -30,23 +34,45 @@ def stage_losses(
     over the context group (and, with sequence parallelism, the tensor group) it is the mean over the tokens.
 
     Args:
-        output: [tokens, 1, hidden] from the stage; states, targets: {layer: hidden states} of student and teacher.
+        settings: of the micro-batch's objective.
+        output: [tokens, 1, hidden] from the stage.
+        states, targets: {the student's layer: hidden states} of the student and of the teacher.
+        teacher: its last chunk on this rank, if there is a teacher.
     """
     name, num_tokens = f"loss/{microbatch.objective}", microbatch.num_valid_tokens
-    if microbatch.objective not in CROSS_ENTROPY_OBJECTIVES:
+    if microbatch.objective in HIDDEN_STATE_OBJECTIVES:
         return {f"{name}/layer_{k}": restoration_loss(states[k], targets[k]) / num_tokens for k in states}
     if not stage.post_process:
         return {}
-    # Every tensor rank needs all tokens for its part of the vocabulary; backward sums the parts of the gradient.
-    if stage.config.sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)
+    hidden, labels = _all_tokens(stage, output, groups), microbatch.labels.reshape(-1)
+    group = groups.tp if groups.tp.size() > 1 else None
+    vocab_size = stage.architecture.vocab_size
+    if not isinstance(settings, PackedDistillation) or not settings.needs_teacher:
+        loss = linear_cross_entropy(hidden, stage.head_weight(), labels, vocab_size=vocab_size, group=group)
     else:
-        hidden = copy_to_tensor_model_parallel_region(output, group=groups.tp)
-    loss = linear_cross_entropy(
-        hidden.squeeze(1),
-        stage.head_weight(),
-        microbatch.labels.reshape(-1),
-        vocab_size=stage.architecture.vocab_size,
-        group=groups.tp if groups.tp.size() > 1 else None,
-    )
+        assert teacher is not None
+        (target,) = targets.values()
+        loss = linear_distillation(
+            hidden,
+            stage.head_weight(),
+            _all_tokens(teacher, target, groups),
+            teacher.head_weight(),
+            labels,
+            # One tokenizer, but released models pad their vocabularies to different sizes.
+            vocab_size=min(vocab_size, teacher.architecture.vocab_size),
+            direction=settings.direction,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            cross_entropy=settings.cross_entropy,
+            group=group,
+        )
     return {name: loss / num_tokens}
+
+
+def _all_tokens(stage: Stage, output: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """[tokens, hidden] on every tensor rank, for its part of the vocabulary; backward sums the gradient's parts."""
+    if stage.config.sequence_parallel:
+        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)
+    else:
+        output = copy_to_tensor_model_parallel_region(output, group=groups.tp)
+    return output.squeeze(1)

@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,18 +15,21 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from longred_megatron.config import Recipe
+from longred_megatron.objectives.mixture import HIDDEN_STATE_OBJECTIVES
 from longred_megatron.training import run_folder
 
 # Dense peak of the tensor cores in FLOP/s (vendor data sheets), by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def loss_names(layers: Mapping[str, Sequence[int]], objectives: Sequence[str]) -> list[str]:
+def loss_names(layers: Mapping[str, Iterable[int]], objectives: Iterable[str]) -> list[str]:
     """The names `stage_losses` may report in any step, the same on every rank."""
     names = []
     for objective in objectives:
-        names += [f"loss/{objective}/layer_{k}" for k in layers[objective]] if objective in layers else []
-        names += [f"loss/{objective}"] if objective not in layers else []
+        if objective in HIDDEN_STATE_OBJECTIVES:
+            names += [f"loss/{objective}/layer_{k}" for k in layers[objective]]
+        else:
+            names.append(f"loss/{objective}")
     return names
 
 

@@ -18,7 +18,7 @@ from longred_megatron.config import Architecture, Recipe, dump_recipe, rope_exte
 from longred_megatron.data.microbatch import MicroBatch, MicroBatchSource, dump
 from longred_megatron.errors import UserError
 from longred_megatron.model.megatron_config import DTYPES
-from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
 from longred_megatron.objectives.mixture import microbatch_order
 from longred_megatron.objectives.rope import extended_rope
 from longred_megatron.training import metrics as m
@@ -26,7 +26,7 @@ from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
 from longred_megatron.training.signals import StopRequest
-from longred_megatron.training.step import TrainStep, distilled_layers, every_replica_ends_on_cross_entropy
+from longred_megatron.training.step import TrainStep, compared_layers, every_replica_ends_on_tokens, wants_teacher_head
 from longred_megatron.training.watchdog import Watchdog
 
 
@@ -66,34 +66,40 @@ def build(
     student = extended_architecture(recipe, source)
     stages = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     huggingface.load_weights(stages, recipe.model.hf, student, groups)
-    teacher_stages = build_teacher(recipe, teacher, groups) if teacher is not None else []
+    teacher_stages = build_teacher(recipe, teacher, student, groups) if teacher is not None else []
 
     order = microbatch_order({name: o.microbatches for name, o in recipe.objectives.items()})
-    overlap = torch.cuda.is_available() and every_replica_ends_on_cross_entropy(order, groups.dp.size())
+    overlap = torch.cuda.is_available() and every_replica_ends_on_tokens(order, groups.dp.size())
     chunks = data_parallel(stages, groups, overlap)
     optimizer = build_optimizer(recipe.optimizer, recipe.precision, chunks)
     step = TrainStep(recipe, chunks, teacher_stages, optimizer, groups)
     return Run(recipe, source, student, teacher, data, groups, stages, optimizer, step)
 
 
-def build_teacher(recipe: Recipe, teacher: Architecture, groups: ProcessGroupCollection) -> list[Stage]:
-    """The frozen teacher on the student's layout, up to the deepest layer any objective compares, without a head.
+def build_teacher(
+    recipe: Recipe, teacher: Architecture, student: Architecture, groups: ProcessGroupCollection
+) -> list[Stage]:
+    """The frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
+    objective wants, with a head where one needs it.
 
     It lives outside the student's modules, optimizer and checkpoints.
     """
-    # Untied: an unused head would have Megatron synchronise it with the embedding of the first stage.
-    stages = build_stages(replace(teacher, tied_embeddings=False), recipe.parallel, recipe.precision, groups)
+    parallel = recipe.parallel.for_depth(teacher.num_layers)
+    # Untied: Megatron would synchronise a tied head with the embedding of the first stage; this one is only read. Both
+    # heads are cut alike, so that a tensor rank holds the same entries of both.
+    untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
+    stages = build_stages(untied, parallel, recipe.precision, groups, vocab_rows=rows)
     for stage in stages:
-        stage.truncate(teacher_depth(recipe, teacher))
+        stage.truncate(teacher_depth(recipe, teacher), keep_head=wants_teacher_head(recipe))
         stage.eval().requires_grad_(False)
     huggingface.load_weights(stages, recipe.teacher.hf, teacher, groups)
     return stages
 
 
 def teacher_depth(recipe: Recipe, teacher: Architecture) -> int:
-    """The deepest layer whose hidden states any objective compares."""
-    layers = distilled_layers(recipe, teacher.num_layers)
-    return max(max(numbers) for numbers in layers.values())
+    """The deepest layer whose hidden states any objective wants."""
+    layers = compared_layers(recipe, teacher.num_layers, teacher.num_layers)
+    return max(max(numbers.values()) for numbers in layers.values())
 
 
 def train(run: Run) -> None:

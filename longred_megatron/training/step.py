@@ -16,7 +16,7 @@ from longred_megatron.config import Recipe
 from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.model.injection import inject_loss
 from longred_megatron.model.stage import Stage
-from longred_megatron.objectives.mixture import CROSS_ENTROPY_OBJECTIVES
+from longred_megatron.objectives.mixture import TOKEN_OBJECTIVES
 from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.training.losses import stage_losses
 
@@ -34,17 +34,18 @@ class StepResult:
 
 @dataclass
 class TrainStep:
-    """Trains the student on one step's micro-batches. `layers` lists the restored layers of each objective."""
+    """Trains the student on one step's micro-batches. `layers`: see `compared_layers`."""
 
     recipe: Recipe
     student: Sequence[DistributedDataParallel]
     teacher: Sequence[Stage]
     optimizer: MegatronOptimizer
     groups: ProcessGroupCollection
-    layers: dict[str, tuple[int, ...]] = field(init=False)
+    layers: dict[str, dict[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = distilled_layers(self.recipe, self.student[0].module.architecture.num_layers)
+        stages = (self.student[0].module, self.teacher[0] if self.teacher else self.student[0].module)
+        self.layers = compared_layers(self.recipe, *(stage.architecture.num_layers for stage in stages))
 
     def __call__(self, microbatches: Sequence[MicroBatch]) -> StepResult:
         """Trains on this replica's micro-batches of one step."""
@@ -70,7 +71,10 @@ class TrainStep:
     def _cut(self, microbatch: MicroBatch) -> MicroBatch:
         """The part of this context-parallel rank, on its device."""
         device, cp = torch.cuda.current_device(), self.groups.cp
-        whole = microbatch.context_parallel == 1
+        whole, documents = microbatch.context_parallel == 1, microbatch.documents
+        if documents is not None:
+            share = len(documents) // cp.size()
+            documents = documents[cp.rank() * share : (cp.rank() + 1) * share]
 
         def cut(x: Tensor) -> Tensor:
             return cut_for_context_rank(x, cp.rank(), cp.size(), whole).to(device, non_blocking=True)
@@ -81,6 +85,7 @@ class TrainStep:
             labels=cut(microbatch.labels),
             student_positions=cut(microbatch.student_positions),
             teacher_positions=None if microbatch.teacher_positions is None else cut(microbatch.teacher_positions),
+            documents=documents,
         )
 
     @torch.no_grad()
@@ -100,8 +105,9 @@ class TrainStep:
             output, states = stage(
                 microbatch.tokens,
                 microbatch.teacher_positions,
-                self.layers[microbatch.objective],
+                self.layers[microbatch.objective].values(),
                 microbatch.context_parallel == 1,
+                microbatch.documents,
             )
             # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
             targets[i] |= {k: state.detach() for k, state in states.items()}
@@ -128,9 +134,12 @@ class TrainStep:
                 microbatch.student_positions,
                 self.layers.get(microbatch.objective, ()),
                 microbatch.context_parallel == 1,
+                microbatch.documents,
             )
-            stage_targets = {k: targets[i].pop(k) for k in states}
-            own = stage_losses(stage, microbatch, output, states, stage_targets, self.groups)
+            stage_targets = {k: targets[i].pop(self.layers[microbatch.objective][k]) for k in states}
+            settings = getattr(self.recipe.objectives, microbatch.objective)
+            teacher = self.teacher[-1] if self.teacher else None
+            own = stage_losses(stage, microbatch, settings, output, states, stage_targets, teacher, self.groups)
             losses[i] |= {name: loss.detach() for name, loss in own.items()}
             # `output[:0].sum()` is a zero that keeps the stage in the graph when it owes no loss.
             loss = microbatch.weight * sum(own.values(), start=output[:0].float().sum())
@@ -162,16 +171,25 @@ class TrainStep:
         )
 
 
-def distilled_layers(recipe: Recipe, num_layers: int) -> dict[str, tuple[int, ...]]:
-    """The layers each distillation objective compares, numbered as in Hugging Face `hidden_states`."""
+def compared_layers(recipe: Recipe, num_layers: int, num_teacher_layers: int) -> dict[str, dict[int, int]]:
+    """{objective: {the student's layer: the teacher's}}, numbered as in Hugging Face `hidden_states`."""
     layers = {}
+    last = {num_layers: num_teacher_layers}
     if recipe.objectives.short_restoration:
-        layers["short_restoration"] = recipe.objectives.short_restoration.layers
+        layers["short_restoration"] = {k: k for k in recipe.objectives.short_restoration.layers}
     if recipe.objectives.short_to_long:
-        layers["short_to_long"] = (num_layers,)  # the last hidden state only (LongReD, section 3.3)
+        layers["short_to_long"] = last  # the last hidden state only (LongReD, section 3.3)
+    if wants_teacher_head(recipe):
+        layers["packed_distillation"] = last  # what the heads make next-token distributions of
     return layers
 
 
-def every_replica_ends_on_cross_entropy(order: Sequence[str], num_replicas: int) -> bool:
+def wants_teacher_head(recipe: Recipe) -> bool:
+    """Whether any loss needs the teacher's next-token distributions."""
+    packed = recipe.objectives.packed_distillation
+    return packed is not None and packed.needs_teacher
+
+
+def every_replica_ends_on_tokens(order: Sequence[str], num_replicas: int) -> bool:
     """Whether the last micro-batch of every replica reaches every parameter, as overlapped reduction needs."""
-    return all(name in CROSS_ENTROPY_OBJECTIVES for name in order[-num_replicas:])
+    return all(name in TOKEN_OBJECTIVES for name in order[-num_replicas:])

@@ -12,6 +12,7 @@ from longred_megatron.checkpoint.weight_map import (
     tensor_shapes,
 )
 from longred_megatron.config import read_architecture
+from longred_megatron.model.stage import padded_vocab_size
 from tests.checkpoint.small_models import MODELS
 
 
@@ -34,7 +35,7 @@ def test_tensor_shapes_are_those_of_transformers(architecture, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_there_and_back_is_bitwise_for_every_rule(architecture, size, dtype):
     bits = torch.int16 if dtype.itemsize == 2 else torch.int32
-    for rule in layer_rules(architecture) + outer_rules(architecture):
+    for rule in layer_rules(architecture) + outer_rules(architecture, padded_vocab_size(architecture, size) // size):
         info = torch.iinfo(bits)  # any bits, so NaNs and denormal numbers too
         tensors = {n: torch.randint(info.min, info.max, s, dtype=bits) for n, s in rule.huggingface.items()}
         sources = [tensor.view(dtype) for tensor in tensors.values()]
@@ -74,11 +75,18 @@ def test_replicated_tensors_are_whole_on_every_rank():
 
 def test_padding_rows_are_zero_and_dropped_again():
     table = torch.randn(5, 2)
-    rows = PaddedRows(5, lambda size: 2 * size)
+    rows = PaddedRows(5, local=2)
     shards = [rows.split([table], rank, 4) for rank in range(4)]
     assert [len(shard) for shard in shards] == [2, 2, 2, 2]
     assert torch.equal(torch.cat(shards), torch.cat([table, torch.zeros(3, 2)]))
     assert torch.equal(rows.join(shards)[0], table)
+
+
+def test_a_table_longer_than_the_ranks_hold_is_cut_off():
+    """A teacher's vocabulary may be padded further than the student's, by whose rows both are cut."""
+    table = torch.randn(9, 2)
+    shards = [PaddedRows(9, local=2).split([table], rank, 3) for rank in range(3)]
+    assert torch.equal(torch.cat(shards), table[:6])
 
 
 def test_both_specifications_names_are_known(architecture):

@@ -49,6 +49,7 @@ def test_layouts_without_problem(check: Check, layout: str, world_size: int) -> 
     assert check(f"parallel={layout}", world_size=world_size) == []
 
 
+PACKED = "objectives.packed_distillation"
 ALONE = ("objectives.short_to_long=null", "data.window=null")
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
@@ -248,6 +249,37 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "`teacher.hf` is /t: has no effect, since no objective compares with a teacher",
     ),
+    "packed over the teacher's window": (
+        (f"{PACKED}={{microbatches: 8, sequence_length: 32768, data: short}}",),
+        {},
+        "`objectives.packed_distillation.sequence_length` is 32768: longer than the teacher's window of 8192 tokens",
+    ),
+    "top_k of the whole vocabulary": (
+        (f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, top_k: 128256}}",),
+        {},
+        "`objectives.packed_distillation.top_k` is 128256: has no effect, model.hf has 128256 tokens",
+    ),
+    "temperature without a teacher": (
+        (f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, cross_entropy: 1, temperature: 2.0}}",),
+        {},
+        "`objectives.packed_distillation.temperature` is 2.0: has no effect, since cross_entropy is 1",
+    ),
+    "masked documents cut over ranks": (
+        (
+            f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
+            "parallel.context=2",
+        ),
+        {"world_size": 2},
+        "`objectives.packed_distillation.mask_documents` is true and `parallel.context` 2",
+    ),
+    "masked documents in FP8": (
+        (
+            f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
+            "precision={fp8: hybrid, fp8_attention: true}",
+        ),
+        {"gpu": True},
+        "`objectives.packed_distillation.mask_documents` is true: Transformer Engine's FP8 attention",
+    ),
 }
 
 
@@ -282,14 +314,15 @@ def test_teacher_of_another_shape(
     assert expected in problem
 
 
-def test_teacher_is_cut_like_the_model(check: Check, architecture: Architecture) -> None:
-    """The last layer alone may come from a teacher of another depth, if the pipeline can cut it."""
+def test_a_teacher_of_another_depth_is_split_by_its_own(check: Check, architecture: Architecture) -> None:
+    """It may be compared with at the last layer, if every stage gets a layer of it."""
     change = ("objectives.short_restoration=null", "data.short=null", "teacher.hf=/t")
     teacher = replace(architecture, num_layers=15)
     overrides = (*change, "parallel.pipeline=2", "objectives.long_text.microbatches=6")
     assert check(*change, teacher=teacher) == []
-    (problem,) = check(*overrides, teacher=teacher, world_size=2)
-    assert "must divide the 15 layers of teacher.hf" in problem
+    assert check(*overrides, teacher=teacher, world_size=2) == []
+    (problem,) = check(*overrides, teacher=replace(teacher, num_layers=1), world_size=2)
+    assert "2: more than the 1 layers of teacher.hf; use 1 or less" in problem
 
 
 def test_window_of_the_teacher_counts(check: Check, architecture: Architecture) -> None:

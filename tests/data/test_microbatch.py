@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from longred_megatron.config import Recipe, load_recipe
 from longred_megatron.data.microbatch import NO_LOSS, MicroBatch, MicroBatchSource, dump, stable_hash
-from longred_megatron.data.sequences import SequenceSource
+from longred_megatron.data.sequences import IndexedSequences, SequenceSource
 from longred_megatron.errors import UserError
 
 RECIPE = """
@@ -92,7 +92,7 @@ def test_each_objective_walks_its_own_samples_in_order(recipe):
     source = MicroBatchSource(recipe)
     for objective, settings in recipe.objectives.items():
         seed = stable_hash(11, "order", objective, settings.data)
-        samples = SequenceSource(recipe.data[settings.data], settings.sequence_length, seed)
+        samples = SequenceSource(IndexedSequences, recipe.data[settings.data], settings.sequence_length, seed)
         rows = [
             row
             for step in (1, 2, 3)
@@ -170,3 +170,63 @@ def test_dump_holds_every_tensor_in_training_order(recipe, tmp_path):
             assert file.get_tensor(name).dtype == torch.int64
             assert torch.equal(file.get_tensor(name), tensor)
     assert any(batch.teacher_positions is None for batch in batches)
+
+
+PACKED = "objectives.packed_distillation={microbatches: 2, sequence_length: 64, data: mixed}"
+
+
+def packed_batches(make_recipe, *settings: str, step: int = 1) -> list[MicroBatch]:
+    recipe = make_recipe(PACKED, *(f"objectives.packed_distillation.{setting}" for setting in settings))
+    return by_objective(MicroBatchSource(recipe).step(step, 0, 1), "packed_distillation")
+
+
+def test_a_packed_token_asks_for_the_next_of_its_own_document(make_recipe):
+    for batch in packed_batches(make_recipe, "mask_documents=true"):
+        assert batch.tokens.shape == batch.labels.shape == (2, 64)
+        for tokens, labels, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
+            assert sum(lengths) == 64
+            for document, wanted in zip(tokens.split(lengths), labels.split(lengths), strict=True):
+                assert wanted[-1] == NO_LOSS
+                assert torch.equal(wanted[:-1], document[1:]) or ((wanted == NO_LOSS).all() and not document.any())
+        assert batch.num_valid_tokens == (batch.labels != NO_LOSS).sum()
+
+
+def test_padding_has_no_label(make_recipe):
+    """Documents of 70 and 30 tokens leave 4 of 64: 64; 30 + 30; 6 + 30 and so on."""
+    batches = [batch for step in (1, 2, 3) for batch in packed_batches(make_recipe, step=step)]
+    padding = [(batch.tokens == 0) & (batch.labels == NO_LOSS) for batch in batches]
+    assert any(rows.any() for rows in padding)
+    assert all(batch.documents is None for batch in batches)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_positions_run_through_the_pack_or_restart(make_recipe, restart):
+    for batch in packed_batches(make_recipe, "mask_documents=true", f"restart_positions={str(restart).lower()}"):
+        for positions, lengths in zip(batch.student_positions, batch.documents, strict=True):
+            parts = [list(range(length)) for length in (lengths if restart else [64])]
+            assert positions.tolist() == [position for part in parts for position in part]
+        assert torch.equal(batch.student_positions, batch.teacher_positions)
+
+
+def test_cross_entropy_alone_has_no_teacher(make_recipe):
+    assert all(batch.teacher_positions is None for batch in packed_batches(make_recipe, "cross_entropy=1"))
+
+
+def test_packs_come_one_after_the_other(make_recipe):
+    rows = [row for step in (1, 2, 3) for batch in packed_batches(make_recipe, step=step) for row in batch.tokens]
+    assert len({tuple(row.tolist()) for row in rows}) == len(rows) == 12
+
+
+def test_the_dump_tells_documents_apart(make_recipe, tmp_path):
+    batches = packed_batches(make_recipe, "mask_documents=true")
+    with safe_open(dump(batches, tmp_path / "dump", step=1, replica=0), "pt") as file:
+        for i, batch in enumerate(batches):
+            numbers = file.get_tensor(f"{i}.documents")
+            assert [torch.bincount(row).tolist() for row in numbers] == [list(lengths) for lengths in batch.documents]
+            assert torch.equal(file.get_tensor(f"{i}.teacher_positions"), batch.teacher_positions)
+
+
+def test_padding_fractions_are_told_by_set(make_recipe, tmp_path):
+    fractions = MicroBatchSource(make_recipe(PACKED)).padding_fractions()
+    assert set(fractions) == {str(tmp_path / "a"), str(tmp_path / "b")}
+    assert all(0 <= fraction < 0.2 for fraction in fractions.values())

@@ -7,7 +7,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from longred_megatron.data import prepare as prepare_module
 from longred_megatron.data.prepare import prepare
-from longred_megatron.data.sequences import SequenceSource, check_tokens
+from longred_megatron.data.sequences import IndexedSequences, SequenceSource, check_tokens
 from longred_megatron.data.tokenizer import load_tokenizer
 from longred_megatron.errors import UserError
 
@@ -44,7 +44,7 @@ def test_documents_and_report(request, tmp_path, corpus, jsonl, tokenizer):
     assert stored["documents_kept"] == len(documents) and stored["tokens"] == report.tokens
     # What comes out is what training reads.
     check_tokens(str(tmp_path / "sets" / "all"), tokenizer.vocab_size)
-    assert SequenceSource({str(tmp_path / "sets" / "all"): 1.0}, 64, seed=0)[0].shape == (65,)
+    assert SequenceSource(IndexedSequences, {str(tmp_path / "sets" / "all"): 1.0}, 64, seed=0)[0].shape == (65,)
 
 
 def test_histogram_counts_documents_by_powers_of_two(tmp_path, jsonl, sentencepiece_model):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from longred_megatron.data.sequences import IndexedSequences, SequenceSource, check_tokens
+from longred_megatron.data.sequences import IndexedDocuments, IndexedSequences, SequenceSource, check_tokens
 from longred_megatron.errors import UserError
 
 SEQUENCE_LENGTH = 16
@@ -39,7 +39,7 @@ def chained(pieces):
 def test_an_epoch_is_every_piece_of_the_documents_end_to_end_once(prefix):
     sequences = IndexedSequences(prefix, SEQUENCE_LENGTH, (7,))
     num_tokens = sum(DOCUMENT_LENGTHS)
-    assert sequences.num_tokens == num_tokens
+    assert IndexedDocuments(prefix).num_tokens == num_tokens
     assert sequences.pieces_per_epoch == (num_tokens - 1) // SEQUENCE_LENGTH
     documents = {document[0]: document for document in numbered_documents(DOCUMENT_LENGTHS)}
     orders = []
@@ -77,10 +77,10 @@ def test_documents_of_several_sequences_and_empty_ones(tmp_path):
 def test_samples_do_not_depend_on_access_order(tmp_path, prefix, write_indexed):
     other = write_indexed(tmp_path / "other", numbered_documents([50] * 4, first=10_000))
     blend = {prefix: 0.7, other: 0.3}
-    source = SequenceSource(blend, SEQUENCE_LENGTH, seed=5)
+    source = SequenceSource(IndexedSequences, blend, SEQUENCE_LENGTH, seed=5)
     expected = [source[index] for index in range(200)]  # several epochs of both
     assert all(sample.dtype == np.int64 and sample.shape == (SEQUENCE_LENGTH + 1,) for sample in expected)
-    again = SequenceSource(blend, SEQUENCE_LENGTH, seed=5)
+    again = SequenceSource(IndexedSequences, blend, SEQUENCE_LENGTH, seed=5)
     shuffled = random.Random(0).sample(range(200), 200)
     assert all(np.array_equal(again[index], expected[index]) for index in shuffled)
     from_other = [index for index in range(200) if expected[index][0] >= 10_000]
@@ -101,23 +101,23 @@ def test_seeds_and_places_in_the_blend_give_different_orders(prefix):
 def test_order_survives_moving_the_files(tmp_path, prefix):
     moved = tmp_path / "elsewhere"
     moved.mkdir()
-    before = SequenceSource({prefix: 1.0}, SEQUENCE_LENGTH, seed=3)[2]
+    before = SequenceSource(IndexedSequences, {prefix: 1.0}, SEQUENCE_LENGTH, seed=3)[2]
     for suffix in (".bin", ".idx"):
         Path(f"{prefix}{suffix}").rename(moved / f"renamed{suffix}")
-    after = SequenceSource({str(moved / "renamed"): 1.0}, SEQUENCE_LENGTH, seed=3)[2]
+    after = SequenceSource(IndexedSequences, {str(moved / "renamed"): 1.0}, SEQUENCE_LENGTH, seed=3)[2]
     assert np.array_equal(before, after)
 
 
 def test_order_is_pinned(prefix):
     """A change here would change the data of runs that resume."""
-    source = SequenceSource({prefix: 1.0}, SEQUENCE_LENGTH, seed=2024)
+    source = SequenceSource(IndexedSequences, {prefix: 1.0}, SEQUENCE_LENGTH, seed=2024)
     assert [int(source[index][0]) for index in (0, 1, 2, 100)] == [104, 308, 167, 92]
 
 
 def test_all_problems_of_a_blend_come_together(tmp_path, prefix):
     absent = str(tmp_path / "absent")
     with pytest.raises(UserError) as raised:
-        SequenceSource({prefix: 0.0, absent: 1.0}, 1000, seed=0)
+        SequenceSource(IndexedSequences, {prefix: 0.0, absent: 1.0}, 1000, seed=0)
     weight, tokens, missing = raised.value.problems
     assert prefix in weight and "positive" in weight
     assert prefix in tokens and str(sum(DOCUMENT_LENGTHS)) in tokens and "1001" in tokens
@@ -134,14 +134,14 @@ def test_one_sequence_needs_exactly_one_token_more(prefix):
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
 def test_weights_must_be_positive_numbers(prefix, weight):
     with pytest.raises(UserError, match="positive number"):
-        SequenceSource({prefix: weight}, SEQUENCE_LENGTH, seed=0)
+        SequenceSource(IndexedSequences, {prefix: weight}, SEQUENCE_LENGTH, seed=0)
 
 
 def test_an_empty_blend_and_negative_samples_are_errors(prefix):
     with pytest.raises(UserError, match="at least one"):
-        SequenceSource({}, SEQUENCE_LENGTH, seed=0)
+        SequenceSource(IndexedSequences, {}, SEQUENCE_LENGTH, seed=0)
     with pytest.raises(IndexError):
-        SequenceSource({prefix: 1.0}, SEQUENCE_LENGTH, seed=0)[-1]
+        SequenceSource(IndexedSequences, {prefix: 1.0}, SEQUENCE_LENGTH, seed=0)[-1]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

@@ -1,10 +1,11 @@
 import hashlib
 import json
+import shutil
 
 import pytest
 import sentencepiece
 
-from longred_megatron.data.tokenizer import file_digests, load_tokenizer
+from longred_megatron.data.tokenizer import check_same_tokenizer, file_digests, load_tokenizer
 from longred_megatron.errors import UserError
 
 WHITESPACE = "  def f(x):\n\t\treturn  x\r\n\n\n   # naïve – 日本 \x00 end  \n"
@@ -81,3 +82,36 @@ def test_what_is_no_tokenizer_is_an_error(tmp_path, name, message):
     (tmp_path / "empty_folder").mkdir()
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path / name)
+
+
+def copied(folder, tmp_path, **changes):
+    """A copy of a tokenizer's folder, with other keys in its tokenizer_config.json, and its file dates elsewhere."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = copy / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return copy
+
+
+def test_the_same_vocabulary_passes_whatever_else_differs(hf_tokenizer, tmp_path):
+    check_same_tokenizer(hf_tokenizer, hf_tokenizer)
+    check_same_tokenizer(hf_tokenizer, copied(hf_tokenizer, tmp_path, model_max_length=5))
+    check_same_tokenizer(tmp_path / "none", tmp_path / "nothing")  # nothing to compare
+
+
+def test_another_entry_is_named(hf_tokenizer, tmp_path):
+    copy = copied(hf_tokenizer, tmp_path)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["vocab"]["!!other"] = content["model"]["vocab"].pop("!")
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"2 entries are in one vocabulary only .*'!'"):
+        check_same_tokenizer(hf_tokenizer, copy)
+
+
+def test_another_end_token_is_named(hf_tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"eos_token is '<\|end\|>' and '!'"):
+        check_same_tokenizer(hf_tokenizer, copied(hf_tokenizer, tmp_path, eos_token="!"))
+
+
+def test_one_tokenizer_alone_cannot_be_compared(hf_tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"only .* has a tokenizer"):
+        check_same_tokenizer(hf_tokenizer, tmp_path)

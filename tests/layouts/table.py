@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.checkpoint.small_models import write_model
 from tests.layouts.ranks import Case, Outcome, run_all
 from tests.training.workspace import make_workspace
 
@@ -36,6 +37,26 @@ CHANGES: dict[str, Any] = {
     "optimizer": {"lr": 0.5, "eps": 1.0},
 }
 MODELS = {"untied": "llama_3", "tied": "qwen3_tied", "biases": "qwen2"}
+# Logit distillation from a teacher of another width, depth, and padding of the vocabulary; and beside the other three
+# objectives, from a teacher like the student.
+LARGE: dict[str, Any] = {
+    "num_hidden_layers": 6,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "vocab_size": 110,
+}
+PACKED = {"microbatches": 4, "sequence_length": 128, "data": "texts"}
+MASKED = {"mask_documents": True, "restart_positions": True, "context_parallel": 1, "top_k": 5, "temperature": 2.0}
+ALONE = {"long_text": None, "short_to_long": None, "short_restoration": None}
+PACKED_RECIPES: dict[str, dict[str, Any]] = {
+    "packed": {"objectives": ALONE | {"packed_distillation": PACKED | {"cross_entropy": 0.1}}},
+    "masked": {"objectives": ALONE | {"packed_distillation": PACKED | MASKED}},
+    "mixed": {"objectives": {"packed_distillation": PACKED | {"sequence_length": 64, "direction": "reverse"}}},
+}
 WHOLE = ("objectives.short_to_long.context_parallel=1", "objectives.short_restoration.context_parallel=1")
 FEW_LAYERS = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 2]")
 
@@ -111,6 +132,16 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, "tied", "full")
     yield Layout(8, {"pipeline": 4, "virtual_pipeline": 2, "context": 2}, "tied", "selective", True)
     yield Layout(8, {"tensor": 4, "context": 2, "sequence": True}, model="biases")
+    # Logit distillation.
+    yield Layout(2, {"tensor": 2}, model="packed")
+    yield Layout(2, {"pipeline": 2}, model="packed")
+    yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, model="packed", recompute="full")
+    yield Layout(2, {"context": 2}, model="packed")
+    yield Layout(2, {"context": 2}, model="masked")
+    yield Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True}, model="masked", recompute="full")
+    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2}, model="mixed")
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "context": 2, "sequence": True}, "packed")
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2}, model="mixed", recompute="full")
 
 
 LAYOUTS = tuple(_layouts())
@@ -132,10 +163,19 @@ FAULTS = (
 def run_table(folder: Path) -> Mapping[str, Outcome]:
     """Outcomes of LAYOUTS, BF16_LAYOUTS and FAULTS and of their references, by name."""
     recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
+    recipes |= {name: _packed_workspace(folder / name, changes) for name, changes in PACKED_RECIPES.items()}
     compared = (*LAYOUTS, *BF16_LAYOUTS, *FAULTS)
     layouts = {each.name: each for each in (*(layout.reference for layout in compared), *compared)}
     cases = [Case(n, each.world, recipes[each.model], each.overrides, each.sabotage) for n, each in layouts.items()]
     return run_all(cases, folder)
+
+
+def _packed_workspace(folder: Path, changes: dict[str, Any]) -> Path:
+    changes = CHANGES | {"objectives": CHANGES["objectives"] | changes["objectives"]}
+    if changes["objectives"]["long_text"] is None:
+        write_model("qwen3_tied", folder / "large", sizes=LARGE)
+        changes |= {"teacher": {"hf": "large"}}
+    return make_workspace(folder, "llama_3", SIZES, **changes)
 
 
 def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, float]:

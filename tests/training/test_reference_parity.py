@@ -15,7 +15,7 @@ from longred_megatron.config import Parallel, load_recipe, read_architecture
 from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.training.run import Run, extended_architecture
-from longred_megatron.training.step import distilled_layers
+from longred_megatron.training.step import compared_layers
 from tests.training.workspace import build_run, make_workspace
 
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
@@ -47,7 +47,7 @@ def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[st
     rebuilt = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     rebuilt.load_state_dict(student.state_dict())
     teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.hf, dtype=torch.float32)
-    layers = distilled_layers(run.recipe, run.source.num_layers)
+    layers = compared_layers(run.recipe, run.source.num_layers, run.source.num_layers)
     total = torch.zeros(())
     for m in microbatches:
         out = rebuilt(m.tokens, position_ids=m.student_positions, output_hidden_states=True)
