@@ -157,9 +157,9 @@ def _phase_problems(values: dict[str, Any], own: list[str]) -> list[str]:
             "set it outside of phases"
             for key in _keys_of_the_run(change)
         ]
-        merged = _merge(recipe, change)
-        named = zip(problems.of_recipe(merged, f"phases[{i}]."), problems.of_recipe(merged), strict=True)
-        found += [problem for problem, plain in named if plain not in own]
+        where = f"phases[{i}]."
+        merged = problems.of_recipe(_merge(recipe, change), where)
+        found += [problem for problem in merged if problem.replace(where, "", 1) not in own]
     return found
 
 

@@ -65,7 +65,10 @@ def phases_summary(phases: Sequence[Phase], architecture: Architecture, world_si
             optimizer = phase.recipe.optimizer
             steps = f"steps {phase.steps_before + 1:,} to {phase.last_step:,}"
             lines.append((f"phase {phase.number}", f"{steps}, lr {optimizer.lr:g} {optimizer.schedule}"))
-            lines += [(f"  {label}", text) for block in own if block not in shared for label, text in block]
+            for block in own:
+                if block not in shared:
+                    shown = block[:1] if block[0][0] == "memory a rank" else block  # its parts would be the most of it
+                    lines += [(f"  {label}", text) for label, text in shown]
         lines.append(("tokens in all phases", f"{phases[-1].last_token:,} in {phases[-1].last_step:,} steps"))
     return in_columns(lines)
 

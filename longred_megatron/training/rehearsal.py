@@ -1,8 +1,8 @@
 """A cluster's recipe on a CPU: the same layout, objectives, layers and code path, tiny widths, random texts.
 
-It trains two steps, starts again from their checkpoint for a third, and exports; of a recipe with phases one step of
-each comes before those, and they are the last phase's. What is wrong with a recipe, a layout
-or the project on it shows here, and not after a night in the queue.
+It trains two steps, starts again from their checkpoint for a third, and exports; in phases, one step of each, and those
+three of the last. What is wrong with a recipe, a layout or the project on it shows here, and not after a night in the
+queue.
 """
 
 import copy
@@ -88,9 +88,10 @@ def rehearse(recipe: Recipe) -> None:
         if not logits.isfinite().all():
             raise UserError("the exported model's logits are not finite")
         print(_report(folder, rehearsal.num_ranks))
+    steps, seconds = phases[-1].steps_before + STEPS, time.perf_counter() - started
     print(
-        f"rehearsed in {time.perf_counter() - started:.0f} seconds: {phases[-1].steps_before + STEPS} steps, a restart from "
-        "their checkpoint, one more step, and an export that transformers loads. Not rehearsed: GPU kernels, memory, speed, your texts."
+        f"rehearsed in {seconds:.0f} seconds: {steps} steps, a restart from their checkpoint, one more step, and an "
+        "export that transformers loads. Not rehearsed: GPU kernels, memory, speed, your texts."
     )
 
 

@@ -119,26 +119,23 @@ def train(
     with Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes) as watchdog:
         watchdog.progress("the newest checkpoint")
         done = _newest_step(folder)
-        first, last = done + 1, phases[-1].last_step
-        writer = m.MetricsWriter(folder, last, first, sys.stdout, len(phases)) if rank == 0 else None
-        run = None
-        with closing(writer) if writer else nullcontext():
-            for phase, own_data in zip(phases, data, strict=True):
-                if done < phase.last_step or phase is phases[-1]:
-                    watchdog.progress(f"loading phase {phase.number}")
-                    run = None  # makes room for the next
-                    gc.collect()
-                    run = build(phase.recipe, source, phase.teacher, own_data, groups)
-                    _train_phase(run, phase, done, recipe, writer, watchdog)
-                    done = phase.last_step
+        first, run = done + 1, None
+        for phase, own_data in zip(phases, data, strict=True):
+            if done < phase.last_step or phase is phases[-1]:
+                watchdog.progress(f"loading phase {phase.number}")
+                run = None  # makes room for the next
+                gc.collect()
+                run = build(phase.recipe, source, phase.teacher, own_data, groups)
+                _train_phase(run, recipe, phases, phase, done, watchdog)
+                done = phase.last_step
         assert run is not None
         watchdog.progress("the export")
-        _export(run, recipe, first, last)
+        _export(run, recipe, first, phases[-1].last_step)
     return run
 
 
 def _train_phase(
-    run: Run, phase: Phase, done: int, recipe: Recipe, writer: m.MetricsWriter | None, watchdog: Watchdog
+    run: Run, recipe: Recipe, phases: Sequence[Phase], phase: Phase, done: int, watchdog: Watchdog
 ) -> None:
     """Trains the steps of `phase` after step `done`, whose checkpoint it loads. `recipe` is the whole run's."""
     folder = recipe.run.dir
@@ -147,19 +144,20 @@ def _train_phase(
     watchdog.progress("loading the checkpoint")
     if done:
         distributed.load(run_folder.checkpoint_path(folder, done), run.stages, run.optimizer)
-    with StopRequest() as stop:
-        for step, microbatches in _prefetched(run, done + 1, phase.last_step):
+    last, first = phases[-1].last_step, done + 1
+    writer = m.MetricsWriter(folder, last, first, sys.stdout, len(phases)) if run.is_main else None
+    with StopRequest() as stop, closing(writer) if writer else nullcontext():
+        for step, microbatches in _prefetched(run, first, phase.last_step):
             watchdog.progress(f"step {step}")
             metrics = {"step": step} | ({"phase": phase.number} if recipe.phases else {})
             metrics |= _one_step(run, phase, step, microbatches, flops)
             _check_finite(metrics, folder)
             if writer:
                 writer.write(metrics)
+            watchdog.progress(f"the checkpoint of step {step}")
             if step == phase.last_step or step % recipe.training.checkpoint_every_steps == 0:
-                watchdog.progress(f"the checkpoint of step {step}")
                 _save(run, recipe, step)
-            if signal := stop.agreed():  # before the next phase takes its time to load, too
-                watchdog.progress(f"the checkpoint of step {step}")
+            if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
                 _save(run, recipe, step)
                 raise SystemExit(128 + signal)
 
@@ -251,7 +249,9 @@ def _save(run: Run, recipe: Recipe, step: int) -> None:
 def _export(run: Run, recipe: Recipe, first: int, last: int) -> None:
     """Writes the model to run.dir/hf. An export of an earlier end of this run, before step `first`, is kept aside."""
     output = run.recipe.run.dir / "hf"
-    if output.exists():
+    is_there = output.exists()
+    torch.distributed.barrier()  # the world: every rank has looked before the first one renames it
+    if is_there:
         if first > last:
             if run.is_main:
                 print(f"all {last} steps are done; the exported model is at {output}")

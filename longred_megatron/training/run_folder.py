@@ -84,12 +84,13 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     if prefix == "phases" and values:
-        parts = [_flat(phase, f"phases[{i}]") for i, phase in enumerate(values)]
-        return {"phases": len(values)} | {key: value for part in parts for key, value in part.items()}
+        for i, phase in enumerate(values):  # null is a change there, and no default
+            flat |= {key: "null" if value is None else value for key, value in _flat(phase, f"phases[{i}]").items()}
+        return flat | {"phases": len(values)}
     if not isinstance(values, dict):
         return {prefix: values}
-    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
