@@ -10,7 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longred_megatron.config import Architecture, Recipe, check_recipe, load_recipe, read_architecture, startup_summary
+from longred_megatron.config import (
+    Architecture,
+    Phase,
+    Recipe,
+    check_phases,
+    load_recipe,
+    phases_summary,
+    read_architecture,
+    read_phases,
+)
 from longred_megatron.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -52,55 +61,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rehearse(load_recipe(options.recipe, options.overrides))
         return
     try:
-        recipe, source, teacher, data = _check(options.recipe, options.overrides, is_main)
+        recipe, source, phases, data = _check(options.recipe, options.overrides, is_main)
     except UserError:
         if is_main:
             raise
         sys.exit(2)  # every rank finds the same mistake; the first one tells
 
     from longred_megatron.parallel.groups import destroy, initialize
-    from longred_megatron.training.run import build, train
+    from longred_megatron.training.run import train
 
     # The watchdog names the rank that hangs; the groups' own limit, which names none, has to be the longer one.
     patience = timedelta(minutes=max(30, 2 * recipe.training.hang_minutes))
     groups = initialize(recipe.parallel, recipe.training.seed, patience)
-    run = build(recipe, source, teacher, data, groups)
     try:
-        train(run)
+        train(recipe, source, phases, data, groups)
     finally:
         destroy()
 
 
 def _check(
     path: Path, overrides: Sequence[str], is_main: bool
-) -> tuple[Recipe, Architecture, Architecture | None, "MicroBatchSource"]:
+) -> tuple[Recipe, Architecture, list[Phase], list["MicroBatchSource"]]:
     """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
     recipe = load_recipe(path, overrides)
     source = read_architecture(recipe.model.hf)
-    teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
+    phases = read_phases(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = check_recipe(recipe, source, teacher, world_size)
+    problems = check_phases(phases, source, world_size)
     if problems:
         raise UserError(*problems)
 
-    from longred_megatron.data.microbatch import MicroBatchSource
+    from longred_megatron.data.microbatch import open_data
     from longred_megatron.data.sequences import check_tokens
     from longred_megatron.data.tokenizer import check_same_tokenizer
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)
-    data = MicroBatchSource(recipe)
+    data = open_data(phase.recipe for phase in phases)
     if is_main:
-        if teacher is not None:
-            check_same_tokenizer(recipe.model.hf, recipe.teacher.hf)
-        for blend in recipe.data.values():
-            for prefix in blend:
-                check_tokens(prefix, min(source.vocab_size, (teacher or source).vocab_size))
-        print(startup_summary(recipe, source, world_size, teacher))
-        for prefix, fraction in data.padding_fractions().items():
-            print(f"packed {prefix}: {fraction:.2%} of its windows is padding")
+        for phase in phases:
+            if phase.teacher is not None:
+                check_same_tokenizer(phase.recipe.model.hf, phase.recipe.teacher.hf)
+            vocab_size = min(source.vocab_size, (phase.teacher or source).vocab_size)
+            for prefix in {prefix for blend in phase.recipe.data.values() for prefix in blend}:
+                check_tokens(prefix, vocab_size)
+        print(phases_summary(phases, source, world_size))
+        padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
+        for prefix, share in padding.items():
+            print(f"packed {prefix}: {share:.2%} of its windows is padding")
         sys.stdout.flush()
-    return recipe, source, teacher, data
+    return recipe, source, phases, data
 
 
 def _silence_libraries() -> None:

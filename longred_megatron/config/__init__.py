@@ -2,7 +2,8 @@
 
 from longred_megatron.config.architecture import Architecture, read_architecture
 from longred_megatron.config.checks import check_recipe, rope_extension
-from longred_megatron.config.load import dump_recipe, load_recipe
+from longred_megatron.config.load import dump_recipe, load_recipe, phases_of
+from longred_megatron.config.phases import Phase, check_phases, phases_summary, read_phases
 from longred_megatron.config.schema import (
     LongText,
     Objectives,
@@ -22,15 +23,20 @@ __all__ = [
     "Objectives",
     "Optimizer",
     "Parallel",
+    "Phase",
     "Precision",
     "Recipe",
     "ShortRestoration",
     "ShortToLong",
     "Training",
+    "check_phases",
     "check_recipe",
     "dump_recipe",
     "load_recipe",
+    "phases_of",
+    "phases_summary",
     "read_architecture",
+    "read_phases",
     "rope_extension",
     "startup_summary",
 ]

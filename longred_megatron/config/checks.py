@@ -1,7 +1,7 @@
 """What only the whole picture shows: recipe against architecture, teacher, data sets and world size."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from longred_megatron.config.architecture import Architecture
@@ -27,6 +27,7 @@ def check_recipe(
     world_size: int,
     *,
     gpu: bool | None = None,
+    phases: Sequence[Recipe] = (),
 ) -> list[str]:
     """Every problem as a sentence: key, value, rule, nearest valid values. Empty: the recipe can run.
 
@@ -35,6 +36,7 @@ def check_recipe(
         teacher: of teacher.hf; None where that is model.hf.
         world_size: ranks of the run.
         gpu: whether the run will have GPUs; None: whether this machine has one.
+        phases: of the run that `recipe` is a phase of; what another one uses is not useless.
     """
     teacher = teacher or architecture
     return [
@@ -42,9 +44,9 @@ def check_recipe(
         *_rope_problems(recipe, architecture),
         *_length_problems(recipe, teacher),
         *_layer_problems(recipe, architecture),
-        *_teacher_problems(recipe, architecture, teacher),
+        *_teacher_problems(recipe, architecture, teacher, phases),
         *_packed_problems(recipe, architecture),
-        *_data_problems(recipe),
+        *_data_problems(recipe, phases),
         *_model_cut_problems(recipe, "model.hf", architecture),
         *(_model_cut_problems(recipe, "teacher.hf", teacher) if _has_other_teacher(recipe) else ()),
         *_token_cut_problems(recipe),
@@ -155,10 +157,14 @@ def _layer_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]
         yield f"{path} is {list(layers)}: {what}; write {in_order}"
 
 
-def _teacher_problems(recipe: Recipe, architecture: Architecture, teacher: Architecture) -> Iterator[str]:
+def _teacher_problems(
+    recipe: Recipe, architecture: Architecture, teacher: Architecture, phases: Sequence[Recipe]
+) -> Iterator[str]:
     if not _has_other_teacher(recipe):
         return
     if not recipe.needs_teacher:
+        if any(phase.needs_teacher and phase.teacher == recipe.teacher for phase in phases):
+            return
         yield (
             f"`teacher.hf` is {recipe.teacher.hf}: has no effect, since no objective compares with a "
             "teacher; remove it, or add short_restoration, short_to_long or packed_distillation"
@@ -211,8 +217,8 @@ def _packed_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
         )
 
 
-def _data_problems(recipe: Recipe) -> Iterator[str]:
-    used = set()
+def _data_problems(recipe: Recipe, phases: Sequence[Recipe]) -> Iterator[str]:
+    used = {settings.data for phase in phases for _, settings in phase.objectives.items()}
     for name, settings in recipe.objectives.items():
         used.add(settings.data)
         if settings.data not in recipe.data:

@@ -6,12 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from longred_megatron.config import problems, recipe_yaml
-from longred_megatron.config.schema import Recipe
+from longred_megatron.config.schema import Model, Recipe, Training
 from longred_megatron.errors import UserError
 
+# What a phase may change; the rest is the same for a whole run.
+PHASE_KEYS = (
+    "model.rope",
+    "model.max_position_embeddings",
+    "teacher",
+    "step",
+    "objectives",
+    "data",
+    "optimizer",
+    "training.steps",
+    "training.recompute",
+)
 PATH_KEYS = (("model", "hf"), ("teacher", "hf"), ("run", "dir"), ("debug", "dump_microbatches"))
 
 
@@ -21,27 +32,41 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     A child is merged over its `base` key by key. Replaced whole are lists, blends of `data`, and `model.rope`
     when the method changes. Null removes an inherited objective, data set or teacher.
     Relative paths are relative to the file that holds them; those of `overrides` to the working directory.
+    Overrides change the recipe before its phases are merged over it; "phases.1.training.steps=100" changes the second.
 
     Raises UserError with every problem found.
     """
     found: list[str] = []
     values = _read_chain(Path(os.path.abspath(path)), found, seen=())
-    values = _merge(values, _read_overrides(overrides, found))
+    values = _merge(values, _read_overrides([o for o in overrides if not o.startswith("phases.")], found))
+    of_phases = _read_overrides([o for o in overrides if o.startswith("phases.")], found)
+    values = _merge_into_phases(values, of_phases.get("phases", {}), found)
     found += recipe_yaml.key_problems(values)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError(*found, *problems.describe(error)) from None
+    own = problems.of_recipe(values)
+    found += own + _phase_problems(values, own)
     if found:
         raise UserError(*found)
-    return recipe
+    return Recipe.model_validate(values)
+
+
+def phases_of(recipe: Recipe) -> list[Recipe]:
+    """One recipe for each phase: `recipe` with that phase's changes; [recipe] where there are none."""
+    if recipe.phases is None:
+        return [recipe]
+    values = {**_values(recipe), "phases": None}
+    return [Recipe.model_validate(_merge(values, change)) for change in recipe.phases]
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, defaults and absolute paths written out; `load_recipe` reads an equal one back."""
+    return recipe_yaml.dump(_values(recipe))
+
+
+def _values(recipe: Recipe) -> dict[str, Any]:
+    """As YAML holds them, defaults written out; objectives that are not there are left out."""
     values = recipe.model_dump(mode="json")
     values["objectives"] = {name: values["objectives"][name] for name, _ in recipe.objectives.items()}
-    return recipe_yaml.dump(values)
+    return values
 
 
 def _read_chain(path: Path, found: list[str], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -103,15 +128,63 @@ def _read_overrides(overrides: Sequence[str], found: list[str]) -> dict[str, Any
     return _absolute_paths(combined, Path.cwd())
 
 
+def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: list[str]) -> dict[str, Any]:
+    """`changes` {number from 0, as text: changes to that phase} merged into the phases of `values`."""
+    phases = values.get("phases")
+    phases = list(phases) if isinstance(phases, list) else []
+    for number, change in changes.items():
+        if number not in map(str, range(len(phases))):
+            numbers = f"phases 0 to {len(phases) - 1}" if phases else "no phases"
+            found.append(f"override `phases.{number}`: the recipe has {numbers}")
+        elif isinstance(change, dict) and isinstance(phases[int(number)], dict):
+            change = _absolute_paths(change, Path.cwd())
+            # Below "phases" null removes nothing: it is a phase's word that removes what the recipe has.
+            phases[int(number)] = _merge(phases[int(number)], change, ("phases", number))
+        else:
+            phases[int(number)] = change
+    return {**values, "phases": phases} if phases else values
+
+
+def _phase_problems(values: dict[str, Any], own: list[str]) -> list[str]:
+    """What is wrong with each phase. Left out is what it shares with the recipe, whose problems are `own`."""
+    phases, found = values.get("phases"), []
+    recipe = {**values, "phases": None}
+    for i, change in enumerate(phases if isinstance(phases, list) else ()):
+        if not isinstance(change, dict):
+            continue  # the schema's to complain about
+        found += [
+            f"`phases[{i}].{key}` is the same for the whole run: a phase may change {', '.join(PHASE_KEYS)}; "
+            "set it outside of phases"
+            for key in _keys_of_the_run(change)
+        ]
+        where = f"phases[{i}]."
+        merged = problems.of_recipe(_merge(recipe, change), where)
+        found += [problem for problem in merged if problem.replace(where, "", 1) not in own]
+    return found
+
+
+def _keys_of_the_run(change: dict[str, Any]) -> list[str]:
+    """The keys of a phase that the schema knows and a phase may not change."""
+    keys = []
+    for name, value in change.items():
+        split = name in ("model", "training") and isinstance(value, dict)
+        keys += [f"{name}.{key}" for key in value] if split else [name]
+    known = {*Recipe.model_fields}
+    known |= {f"model.{key}" for key in Model.model_fields} | {f"training.{key}" for key in Training.model_fields}
+    return [key for key in keys if key in known and key not in PHASE_KEYS]
+
+
 def _key_problem(override: str) -> str | None:
     key, equals, _ = override.partition("=")
     keys = key.split(".")
+    blend = keys[2:] if keys[0] == "phases" else keys
     if not equals or not all(keys) or key.startswith("-"):
         return f"override {override!r}: must look like training.steps=100 (section.key=value)"
     if key == "base":
         return "override `base`: a base cannot be given on the command line; write it into a recipe"
-    if keys[0] == "data" and len(keys) > 2:
-        return f"override `{key}`: a blend is set as a whole: data.{keys[1]}={{PREFIX: WEIGHT, ...}}"
+    if blend[:1] == ["data"] and len(blend) > 2:
+        whole = key.removesuffix("." + ".".join(blend[2:]))
+        return f"override `{key}`: a blend is set as a whole: {whole}={{PREFIX: WEIGHT, ...}}"
     return None
 
 
@@ -135,6 +208,7 @@ def _is_removable(keys: tuple[str, ...]) -> bool:
 
 
 def _is_whole(keys: tuple[str, ...], inherited: dict[str, Any], value: dict[str, Any]) -> bool:
+    keys = keys[2:] if keys[0] == "phases" else keys
     if keys == ("model", "rope"):
         return "method" in value and value["method"] != inherited.get("method", value["method"])
     return len(keys) == 2 and keys[0] == "data"
@@ -154,6 +228,8 @@ def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             else blend
             for name, blend in values["data"].items()
         }
+    if isinstance(values.get("phases"), list):
+        values["phases"] = [_absolute_paths(p, folder) if isinstance(p, dict) else p for p in values["phases"]]
     return values
 
 

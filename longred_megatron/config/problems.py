@@ -35,12 +35,16 @@ _RULES = {
 }
 
 
-def describe(error: ValidationError) -> list[str]:
-    """One sentence for each error, in the order of the schema.
+def of_recipe(values: Any, where: str = "") -> list[str]:
+    """One sentence for each value that the schema refuses, in its order; `where` goes before each key's path.
 
     Keys that are not texts are left out: `recipe_yaml.key_problems` has said it better.
     """
-    return [_sentence(dict(details)) for details in error.errors() if not _is_echo(dict(details))]
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        return [_sentence(dict(details), where) for details in error.errors() if not _is_echo(dict(details))]
+    return []
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -56,9 +60,10 @@ def _is_echo(details: dict[str, Any]) -> bool:
     return kind == "too_short" and len(value) != details["ctx"]["actual_length"]
 
 
-def _sentence(details: dict[str, Any]) -> str:
+def _sentence(details: dict[str, Any], where: str) -> str:
     kind, value = details["type"], details["input"]
     path, field, siblings = _look_up(details["loc"])
+    path = where + path
     if kind == "extra_forbidden":
         return _unknown_key(path, siblings)
     if kind == "union_tag_not_found":

@@ -78,6 +78,8 @@ def explain(error: yaml.YAMLError) -> str:
 
 def key_problems(values: Any, path: str = "") -> list[str]:
     """A sentence for every key that is not a text (a bare 1 or true is a number or a truth value)."""
+    if isinstance(values, list):  # of phases
+        return [found for i, value in enumerate(values) for found in key_problems(value, f"{path[:-1]}[{i}].")]
     if not isinstance(values, dict):
         return []
     found = []

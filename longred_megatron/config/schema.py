@@ -326,6 +326,9 @@ class Recipe(Settings):
     training: Training = Field(description="length of the run")
     debug: Debug = Field(Debug(), description="aids for checking a run")
     run: Run = Field(description="where the results go")
+    phases: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description="parts of the run in order, each a mapping of changes to this recipe; see `phases_of`"
+    )
 
     @model_validator(mode="before")
     @classmethod

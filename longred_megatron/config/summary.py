@@ -1,5 +1,6 @@
 """The arithmetic printed at start-up: ranks, tokens, step loss, expected memory, and what is not computed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longred_megatron.config.architecture import Architecture
@@ -42,14 +43,25 @@ def startup_summary(
         architecture: of model.hf.
         teacher: of teacher.hf; None where that is model.hf.
     """
-    lines = [
+    return in_columns(summary_lines(recipe, architecture, world_size, teacher or architecture))
+
+
+def summary_lines(
+    recipe: Recipe, architecture: Architecture, world_size: int, teacher: Architecture
+) -> list[tuple[str, str]]:
+    """(label, text) of the summary; a label that begins with a space belongs to the one above."""
+    return [
         *_rank_lines(recipe, world_size),
         *_token_lines(recipe),
         _loss_line(recipe),
         *_model_lines(recipe, architecture),
-        *_memory_lines(recipe, architecture, teacher or architecture, world_size),
-        *_skipped_lines(recipe, teacher or architecture),
+        *_memory_lines(recipe, architecture, teacher, world_size),
+        *_skipped_lines(recipe, teacher),
     ]
+
+
+def in_columns(lines: Sequence[tuple[str, str]]) -> str:
+    """Labels on the left, texts on the right."""
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 

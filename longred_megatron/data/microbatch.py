@@ -6,7 +6,7 @@ All of it is a pure function of the recipe and the step's number.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,9 @@ class MicroBatchSource:
 
     Each objective walks through its data in an order of its own: sequence j of its i-th micro-batch in step t
     (from 1) is sample ((t - 1) * microbatches + i) * n + j of its `SequenceSource`, where
-    n = tokens_per_microbatch / sequence_length.
+    n = tokens_per_microbatch / sequence_length. Steps are numbered over the whole run: an objective whose data and
+    counts stay the same from one phase to the next goes on where it was. Where they change, it goes on where it would
+    be had they been so from the first step.
 
     Raises: `UserError` with the problems of all data sets.
     """
@@ -134,6 +136,19 @@ class MicroBatchSource:
         """Padding's share of the tokens of each packed data set, by prefix, estimated from its first block."""
         sets = [packed for source in self._packs.values() for packed in source.sets]
         return {packed.prefix: packed.padding_fraction() for packed in sets if isinstance(packed, PackedSequences)}
+
+
+def open_data(recipes: Iterable[Recipe]) -> list[MicroBatchSource]:
+    """The data of each recipe, the phases of a run. Raises `UserError` with the problems of all."""
+    sources, problems = [], []
+    for recipe in recipes:
+        try:
+            sources.append(MicroBatchSource(recipe))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return sources
 
 
 def _places(counts: dict[str, int]) -> list[tuple[str, int]]:

@@ -94,6 +94,7 @@ class MetricsWriter:
     num_steps: int
     first_step: int
     console: TextIO
+    num_phases: int = 1
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -120,8 +121,9 @@ class MetricsWriter:
             for name, value in metrics.items()
             if name.startswith("loss") and "layer_" not in name
         )
+        phase = f" (phase {metrics['phase']}/{self.num_phases})" if "phase" in metrics else ""
         print(
-            f"step {step}/{self.num_steps}  {losses}  grad {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
+            f"step {step}/{self.num_steps}{phase}  {losses}  grad {metrics['grad_norm']:.3f}  lr {metrics['lr']:.2e}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {_clock(left)} left",
             file=self.console,
             flush=True,

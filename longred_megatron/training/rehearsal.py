@@ -1,9 +1,11 @@
 """A cluster's recipe on a CPU: the same layout, objectives, layers and code path, tiny widths, random texts.
 
-It trains two steps, starts again from their checkpoint for a third, and exports. What is wrong with a recipe, a layout
-or the project on it shows here, and not after a night in the queue.
+It trains two steps, starts again from their checkpoint for a third, and exports; in phases, one step of each, and those
+three of the last. What is wrong with a recipe, a layout or the project on it shows here, and not after a night in the
+queue.
 """
 
+import copy
 import json
 import logging
 import math
@@ -26,18 +28,19 @@ from transformers.utils.logging import disable_progress_bar
 from longred_megatron.config import (
     Architecture,
     Recipe,
-    check_recipe,
+    check_phases,
     dump_recipe,
     load_recipe,
+    phases_summary,
     read_architecture,
-    startup_summary,
+    read_phases,
 )
-from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.data.microbatch import open_data
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.training.metrics import memory
-from longred_megatron.training.run import Run, build, train
+from longred_megatron.training.run import Run, train
 
 MAX_RANKS = 16
 RANKS_WITH_TWO_REPLICAS = 8  # at most; larger worlds are rehearsed with one
@@ -64,19 +67,16 @@ def rehearse(recipe: Recipe) -> None:
         UserError: the recipe cannot run in its layout, or a rank failed.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU on a GPU node too, in the ranks as well
-    source = read_architecture(recipe.model.hf)
-    teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
     started = time.perf_counter()
     disable_progress_bar()  # transformers', for models of no size
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
         folder = Path(temporary)
-        rehearsal = shrink(recipe, source, teacher, folder)
+        rehearsal = shrink(recipe, folder)
         print("rehearsal on random texts; changed for it:")
         print("".join(f"  {change}\n" for change in rehearsal.changes))
         small = rehearsal.recipe
-        small_source = read_architecture(small.model.hf)
-        small_teacher = read_architecture(small.teacher.hf) if small.needs_teacher else None
-        print(startup_summary(small, small_source, rehearsal.num_ranks, small_teacher), flush=True)
+        phases = read_phases(small)
+        print(phases_summary(phases, read_architecture(small.model.hf), rehearsal.num_ranks), flush=True)
         path = folder / "recipe.yaml"
         path.write_text(dump_recipe(small))
         try:
@@ -88,19 +88,20 @@ def rehearse(recipe: Recipe) -> None:
         if not logits.isfinite().all():
             raise UserError("the exported model's logits are not finite")
         print(_report(folder, rehearsal.num_ranks))
+    steps, seconds = phases[-1].steps_before + STEPS, time.perf_counter() - started
     print(
-        f"rehearsed in {time.perf_counter() - started:.0f} seconds: {STEPS} steps, a restart from their checkpoint, "
-        "one more step, and an export that transformers loads. Not rehearsed: GPU kernels, memory, speed, your texts."
+        f"rehearsed in {seconds:.0f} seconds: {steps} steps, a restart from their checkpoint, one more step, and an "
+        "export that transformers loads. Not rehearsed: GPU kernels, memory, speed, your texts."
     )
 
 
-def shrink(recipe: Recipe, source: Architecture, teacher: Architecture | None, folder: Path) -> Rehearsal:
+def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     """Writes a small model, a small teacher and random texts to `folder`, and a recipe that trains them.
 
     Kept: objectives, micro-batches, weights, layers, depth, pipeline and virtual pipeline, recompute, the ratio of
     attention heads to key/value heads, which lengths are multiples of which.
     """
-    parallel, changes = recipe.parallel, []
+    source, parallel, changes = read_architecture(recipe.model.hf), recipe.parallel, []
     while parallel.tensor * parallel.pipeline * parallel.context > MAX_RANKS:
         name = "tensor" if parallel.tensor > 2 else "context"
         size = getattr(parallel, name)
@@ -114,45 +115,60 @@ def shrink(recipe: Recipe, source: Architecture, teacher: Architecture | None, f
     ranks = parallel.tensor * parallel.pipeline * parallel.context
     replicas = 2 if 2 * ranks <= RANKS_WITH_TWO_REPLICAS else 1
     resized = recipe.model_copy(update={"parallel": parallel})
-    problems = check_recipe(resized, source, teacher, ranks * replicas, gpu=True)
+    phases = read_phases(resized)
+    problems = check_phases(phases, source, ranks * replicas, gpu=True)
     if replicas == 2 and problems:  # the step's micro-batches may suit one replica only
         replicas = 1
-        problems = check_recipe(resized, source, teacher, ranks, gpu=True)
+        problems = check_phases(phases, source, ranks, gpu=True)
     if problems:
         raise UserError(*problems)
     changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
 
-    factor = _length_factor(resized, source, teacher)
+    factor = min(_length_factor(phase.recipe, source, phase.teacher) for phase in phases)  # powers of two
     changes.append(f"all lengths and windows: divided by {factor}")
-    models = {recipe.model.hf: source} | ({recipe.teacher.hf: teacher} if teacher else {})
+    models = {recipe.model.hf: source} | {p.recipe.teacher.hf: p.teacher for p in phases if p.teacher}
     # One width for models of one width, which transformers takes for the heads of each.
     multiple = math.lcm(*(_num_heads(architecture, parallel.tensor) for architecture in models.values()))
     small = {
-        hf: _write_model(hf, each, _hidden_size(each, multiple), parallel.tensor, factor, folder / f"model-{i}")
+        str(hf): _write_model(hf, each, _hidden_size(each, multiple), parallel.tensor, factor, folder / f"model-{i}")
         for i, (hf, each) in enumerate(models.items())
     }
     width = f"{source.hidden_size} -> {_hidden_size(source, multiple)}"
     changes.append(f"widths: hidden {width}, heads of {HEAD_DIM}, random weights")
-    values = resized.model_dump(mode="json")
-    values["model"]["hf"], values["teacher"]["hf"] = str(small[recipe.model.hf]), str(small[recipe.teacher.hf])
-    values["model"]["max_position_embeddings"] //= factor
-    values["step"]["tokens_per_microbatch"] //= factor
-    values["objectives"] = {name: values["objectives"][name] for name, _ in recipe.objectives.items()}
-    for settings in values["objectives"].values():
-        settings["sequence_length"] //= factor
-    longest = max(settings["sequence_length"] for settings in values["objectives"].values())
-    values["data"] = {
-        name: {str(_write_texts(folder / f"{name}-{i}", longest)): weight for i, weight in enumerate(blend.values())}
-        for name, blend in recipe.data.items()
-    }
+    longest = max(settings.sequence_length for phase in phases for _, settings in phase.recipe.objectives.items())
+    for i in range(max(len(blend) for phase in phases for blend in phase.recipe.data.values())):
+        _write_texts(folder / f"texts-{i}", longest // factor)
+    values = _shrunk(resized.model_dump(mode="json"), small, factor, folder)
+    if values["phases"]:
+        values["phases"] = [_shrunk(change, small, factor, folder) for change in values["phases"]]
+        for change in values["phases"][:-1]:
+            change["training"] = change.get("training", {}) | {"steps": 1}
     values["precision"] |= {"fp8": None, "fp8_attention": False}
     if recipe.precision.fp8:
         changes.append(f"precision.fp8: {recipe.precision.fp8} -> null, there is no GPU")
-    values["optimizer"]["warmup_steps"] = min(recipe.optimizer.warmup_steps, STEPS)
     values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
     values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
     return Rehearsal(Recipe.model_validate(values), ranks * replicas, changes)
+
+
+def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder: Path) -> dict[str, Any]:
+    """A recipe's values, or a phase's changes, with the small models and texts of `folder`, lengths divided."""
+    values = copy.deepcopy(values)
+    for section, key in (("model", "hf"), ("teacher", "hf")):
+        if key in (values.get(section) or {}):
+            values[section][key] = str(models.get(values[section][key], folder / "model-0"))
+    objectives = [settings for settings in values.get("objectives", {}).values() if settings]
+    lengths = {"max_position_embeddings", "tokens_per_microbatch", "sequence_length"}
+    for settings in (values.get("model", {}), values.get("step", {}), *objectives):
+        settings |= {key: settings[key] // factor for key in lengths & settings.keys()}
+        if settings.get("top_k"):
+            settings["top_k"] = min(settings["top_k"], VOCABULARY // 2)
+    for name, blend in values.get("data", {}).items():
+        values["data"][name] = blend and {str(folder / f"texts-{i}"): w for i, w in enumerate(blend.values())}
+    if "warmup_steps" in values.get("optimizer", {}):
+        values["optimizer"]["warmup_steps"] = min(values["optimizer"]["warmup_steps"], 1)
+    return values
 
 
 def _length_factor(recipe: Recipe, source: Architecture, teacher: Architecture | None) -> int:
@@ -214,28 +230,27 @@ def _divided(rope: dict[str, Any], factor: int) -> dict[str, Any]:
     return rope | ({key: max(1, rope[key] // factor)} if key in rope else {})
 
 
-def _write_texts(prefix: Path, longest: int) -> Path:
+def _write_texts(prefix: Path, longest: int) -> None:
     """Random tokens: eight documents of half of `longest` to all of it."""
     generator = np.random.default_rng(0)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for length in generator.integers(longest // 2, longest + 1, size=8):
         builder.add_document(generator.integers(0, VOCABULARY, size=length), [int(length)])
     builder.finalize(f"{prefix}.idx")
-    return prefix
 
 
 def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:
     """What each rank runs: both parts of the run; then it writes down what it held."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    num_phases = len(load_recipe(path).phases or ())
+    key = f"phases.{num_phases - 1}.training.steps" if num_phases else "training.steps"
     for steps in (STEPS, STEPS_AFTER_RESUME):
         join(f"world-{steps}")
-        recipe = load_recipe(path, [f"training.steps={steps}"])
-        source = read_architecture(recipe.model.hf)
-        teacher = read_architecture(recipe.teacher.hf) if recipe.needs_teacher else None
-        groups = initialize(recipe.parallel, recipe.training.seed)
-        run = build(recipe, source, teacher, MicroBatchSource(recipe), groups)
-        train(run)
+        recipe = load_recipe(path, [f"{key}={steps}"])
+        phases, groups = read_phases(recipe), initialize(recipe.parallel, recipe.training.seed)
+        data = open_data(phase.recipe for phase in phases)
+        run = train(recipe, read_architecture(recipe.model.hf), phases, data, groups)
         rank = torch.distributed.get_rank()
         (folder / f"rank-{rank}.json").write_text(json.dumps(_description(run)))
         destroy()

@@ -1,8 +1,9 @@
-"""A whole run: build, resume, train step by step, save, export."""
+"""A whole run: for each phase build, resume, train step by step, save; then export."""
 
+import gc
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
-from longred_megatron.config import Architecture, Recipe, dump_recipe, rope_extension
+from longred_megatron.config import Architecture, Phase, Recipe, dump_recipe, rope_extension
 from longred_megatron.data.microbatch import MicroBatch, MicroBatchSource, dump
 from longred_megatron.errors import UserError
 from longred_megatron.model.megatron_config import DTYPES
@@ -32,7 +33,7 @@ from longred_megatron.training.watchdog import Watchdog
 
 @dataclass
 class Run:
-    """What one rank holds of a run."""
+    """What one rank holds of a phase of a run."""
 
     recipe: Recipe
     source: Architecture  # of model.hf, as released
@@ -102,44 +103,74 @@ def teacher_depth(recipe: Recipe, teacher: Architecture) -> int:
     return max(max(numbers.values()) for numbers in layers.values())
 
 
-def train(run: Run) -> None:
-    """Trains from the newest checkpoint in the run folder, or from the start, to `training.steps`, and exports.
+def train(
+    recipe: Recipe,
+    source: Architecture,
+    phases: Sequence[Phase],
+    data: Sequence[MicroBatchSource],
+    groups: ProcessGroupCollection,
+) -> Run:
+    """Trains phase by phase, from the newest checkpoint in the run folder or from the start, and exports.
+
+    Each phase is built anew and goes on from the checkpoint of the step before. Returns the last one.
 
     Raises:
         UserError: a loss or gradient is not finite, or the disk is full.
         SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
     """
-    recipe, folder, steps = run.recipe, run.recipe.run.dir, run.recipe.training.steps
-    if run.is_main:
+    rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), recipe.run.dir
+    if rank == 0:
         run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
-    teacher_layers = run.teacher and teacher_depth(recipe, run.teacher)
-    flops = step_flops(recipe, run.student, run.teacher, teacher_layers or 0)
-    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes)
-    with watchdog:
-        watchdog.progress("loading")
-        first = _resume(run) + 1
-        writer = m.MetricsWriter(folder, steps, first, sys.stdout) if run.is_main else None
-        with StopRequest() as stop, closing(writer) if writer else nullcontext():
-            for step, microbatches in _prefetched(run, first, steps):
-                watchdog.progress(f"step {step}")
-                metrics = _one_step(run, step, microbatches, flops)
-                _check_finite(metrics, folder)
-                if writer:
-                    writer.write(metrics)
-                signal = stop.agreed()
-                if signal or step == steps or step % recipe.training.checkpoint_every_steps == 0:
-                    watchdog.progress(f"the checkpoint of step {step}")
-                    _save(run, step)
-                if signal:
-                    raise SystemExit(128 + signal)
+
+    with Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes) as watchdog:
+        watchdog.progress("the newest checkpoint")
+        done = _newest_step(folder)
+        first, run = done + 1, None
+        for phase, own_data in zip(phases, data, strict=True):
+            if done < phase.last_step or phase is phases[-1]:
+                watchdog.progress(f"loading phase {phase.number}")
+                run = None  # makes room for the next
+                gc.collect()
+                run = build(phase.recipe, source, phase.teacher, own_data, groups)
+                _train_phase(run, recipe, phases, phase, done, watchdog)
+                done = phase.last_step
+        assert run is not None
         watchdog.progress("the export")
-        _export(run, first)
+        _export(run, recipe, first, phases[-1].last_step)
+    return run
 
 
-def _one_step(run: Run, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
-    recipe, groups = run.recipe, run.groups
-    rate = set_hyperparameters(run.optimizer, recipe.optimizer, step, recipe.training.steps)
+def _train_phase(
+    run: Run, recipe: Recipe, phases: Sequence[Phase], phase: Phase, done: int, watchdog: Watchdog
+) -> None:
+    """Trains the steps of `phase` after step `done`, whose checkpoint it loads. `recipe` is the whole run's."""
+    folder = recipe.run.dir
+    teacher_layers = run.teacher and teacher_depth(run.recipe, run.teacher)
+    flops = step_flops(run.recipe, run.student, run.teacher, teacher_layers or 0)
+    watchdog.progress("loading the checkpoint")
+    if done:
+        distributed.load(run_folder.checkpoint_path(folder, done), run.stages, run.optimizer)
+    last, first = phases[-1].last_step, done + 1
+    writer = m.MetricsWriter(folder, last, first, sys.stdout, len(phases)) if run.is_main else None
+    with StopRequest() as stop, closing(writer) if writer else nullcontext():
+        for step, microbatches in _prefetched(run, first, phase.last_step):
+            watchdog.progress(f"step {step}")
+            metrics = {"step": step} | ({"phase": phase.number} if recipe.phases else {})
+            metrics |= _one_step(run, phase, step, microbatches, flops)
+            _check_finite(metrics, folder)
+            if writer:
+                writer.write(metrics)
+            watchdog.progress(f"the checkpoint of step {step}")
+            if step == phase.last_step or step % recipe.training.checkpoint_every_steps == 0:
+                _save(run, recipe, step)
+            if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
+                _save(run, recipe, step)
+                raise SystemExit(128 + signal)
+
+
+def _one_step(run: Run, phase: Phase, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
+    recipe, groups, own_step = run.recipe, run.groups, step - phase.steps_before
+    rate = set_hyperparameters(run.optimizer, recipe.optimizer, own_step, recipe.training.steps)
     if recipe.debug.dump_microbatches and groups.mp.rank() == 0 and groups.cp.rank() == 0:
         dump(microbatches, recipe.debug.dump_microbatches, step=step, replica=groups.dp.rank())
     started = time.perf_counter()
@@ -149,11 +180,10 @@ def _one_step(run: Run, step: int, microbatches: list[MicroBatch], flops: float)
     seconds = time.perf_counter() - started
     tokens, peak = recipe.num_microbatches * recipe.step.tokens_per_microbatch, m.peak_flops()
     return {
-        "step": step,
         **losses,
         "grad_norm": result.grad_norm,
         "lr": rate,
-        "tokens": step * tokens,
+        "tokens": phase.tokens_before + own_step * tokens,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "model_flops_utilization": peak and flops / seconds / peak / torch.distributed.get_world_size(),
@@ -191,23 +221,23 @@ def _check_finite(metrics: dict[str, Any], folder: Path) -> None:
     )
 
 
-def _resume(run: Run) -> int:
-    """Loads the newest checkpoint that is whole and returns its step; 0 without one. Damaged ones are set aside."""
-    for step, path in reversed(run_folder.checkpoints(run.recipe.run.dir)):
+def _newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint that is whole; 0 without one. Damaged ones are set aside."""
+    is_main = torch.distributed.get_rank() == 0
+    for step, path in reversed(run_folder.checkpoints(folder)):
         try:
             distributed.check(path)
         except UserError as error:
-            if run.is_main:  # every rank has listed and read them by now
+            if is_main:  # every rank has listed and read them by now
                 print(f"warning: {error}; it is now {run_folder.set_aside(path)}, and the one before is used")
             continue
-        if run.is_main:
+        if is_main:
             print(f"resuming after step {step} from {path}")
-        distributed.load(path, run.stages, run.optimizer)
         return step
     return 0
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, recipe: Recipe, step: int) -> None:
     path = run_folder.checkpoint_path(run.recipe.run.dir, step)
     if not path.exists():
         description = {
@@ -216,19 +246,21 @@ def _save(run: Run, step: int) -> None:
             "dtype": run.recipe.precision.params,
             "step": step,
         }
-        files = {"recipe.yaml": dump_recipe(run.recipe)}
+        files = {"recipe.yaml": dump_recipe(recipe)}
         distributed.save(path, run.stages, description, run.optimizer, files)
     if run.is_main:
         run_folder.prune_checkpoints(run.recipe.run.dir, run.recipe.training.keep_checkpoints)
 
 
-def _export(run: Run, first: int) -> None:
+def _export(run: Run, recipe: Recipe, first: int, last: int) -> None:
     """Writes the model to run.dir/hf. An export of an earlier end of this run, before step `first`, is kept aside."""
     output = run.recipe.run.dir / "hf"
-    if output.exists():
-        if first > run.recipe.training.steps:
+    is_there = output.exists()
+    torch.distributed.barrier()  # the world: every rank has looked before the first one renames it
+    if is_there:
+        if first > last:
             if run.is_main:
-                print(f"all {run.recipe.training.steps} steps are done; the exported model is at {output}")
+                print(f"all {last} steps are done; the exported model is at {output}")
             return
         if run.is_main:
             output.rename(output.with_name(f"hf-step-{first - 1:06}"))
@@ -242,7 +274,7 @@ def _export(run: Run, first: int) -> None:
         rope=run.student.rope,
         max_position_embeddings=run.student.max_position_embeddings,
         dtype=DTYPES[run.recipe.precision.params],
-        recipe_text=dump_recipe(run.recipe),
+        recipe_text=dump_recipe(recipe),
     )
     if run.is_main:
         print(f"exported the model to {output}")

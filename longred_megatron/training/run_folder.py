@@ -11,10 +11,9 @@ from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.config import Recipe, dump_recipe
 from longred_megatron.errors import UserError
 
-# What may change between the parts of one run: how far it goes, on what it runs, what it keeps.
+# What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
 _FREE_SECTIONS = ("parallel", "debug")
 _FREE_KEYS = (
-    "training.steps",
     "training.recompute",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
@@ -46,7 +45,11 @@ def check_run_folder(recipe: Recipe) -> None:
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
     old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(), dump_recipe(recipe)))
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not _is_free(k)]
+    # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
+    length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
+    changed = [
+        k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k != length and not _is_free(k)
+    ]
     if changed:
         listing = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -81,13 +84,18 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    if prefix == "phases" and values:
+        for i, phase in enumerate(values):  # null is a change there, and no default
+            flat |= {key: "null" if value is None else value for key, value in _flat(phase, f"phases[{i}]").items()}
+        return flat | {"phases": len(values)}
     if not isinstance(values, dict):
         return {prefix: values}
-    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
 def _is_free(key: str) -> bool:
+    key = re.sub(r"^phases\[\d+\]\.", "", key)
     return key in _FREE_KEYS or key.split(".")[0] in _FREE_SECTIONS

@@ -254,7 +254,7 @@ def test_everything_that_is_wrong_comes_in_one_message(write: Write, values: dic
         "`training.steps` is missing: add it (optimizer steps)",
         "unknown key `training.stps`; did you mean `steps`?",
         "`run.dir` is '': must be a path, not an empty text",
-        "unknown key `phases`; known here: model, teacher,",
+        "`phases` is []: must have at least 1 entries, has 0",
     ]
     found = problems_of(path)
     for text in expected:

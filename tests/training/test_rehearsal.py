@@ -64,7 +64,7 @@ def model_folder(recipe: str, folder: Path) -> Path:
 def shrunk(name: str, folder: Path, *overrides: str) -> Rehearsal:
     recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.hf={model_folder(name, folder)}", *overrides])
     (folder / "out").mkdir(exist_ok=True)
-    return shrink(recipe, read_architecture(recipe.model.hf), None, folder / "out")
+    return shrink(recipe, folder / "out")
 
 
 def test_a_cluster_recipe_is_rehearsed_in_its_own_layout(tmp_path: Path) -> None:
