@@ -133,12 +133,12 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
     state = _sharded_state(stages, optimizer, is_loading=True)
     try:
         loaded = dist_checkpointing.load(state, str(path))
+        for i, stage in enumerate(stages):
+            stage.load_state_dict(loaded[f"model{i}"])
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
     except _FAILURES as error:
         raise UserError(f"{path}: the checkpoint cannot be loaded ({_causes(error)})") from error
-    for i, stage in enumerate(stages):
-        stage.load_state_dict(loaded[f"model{i}"])
-    if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
 
 
 def _marks_of_all_ranks(folder: Path) -> dict[str, str]:

@@ -33,6 +33,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     when the method changes. Null removes an inherited objective, data set or teacher.
     Relative paths are relative to the file that holds them; those of `overrides` to the working directory.
     Overrides change the recipe before its phases are merged over it; "phases.1.training.steps=100" changes the second.
+    A phase's `steps` is short for its `training.steps`.
 
     Raises UserError with every problem found.
     """
@@ -128,16 +129,29 @@ def _read_overrides(overrides: Sequence[str], found: list[str]) -> dict[str, Any
     return _absolute_paths(combined, Path.cwd())
 
 
+def _spelled_out(change: Any, where: str, found: list[str]) -> Any:
+    """A phase's changes with `steps`, which is short for `training.steps`, in its place."""
+    if not isinstance(change, dict) or "steps" not in change:
+        return change
+    rest = {key: value for key, value in change.items() if key != "steps"}
+    training = rest.get("training", {})
+    if not isinstance(training, dict) or "steps" in training:
+        found.append(f"`{where}.steps` is short for `{where}.training.steps`: give one of them")
+        return rest
+    return rest | {"training": training | {"steps": change["steps"]}}
+
+
 def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: list[str]) -> dict[str, Any]:
     """`changes` {number from 0, as text: changes to that phase} merged into the phases of `values`."""
     phases = values.get("phases")
     phases = list(phases) if isinstance(phases, list) else []
+    phases = [_spelled_out(phase, f"phases[{i}]", found) for i, phase in enumerate(phases)]
     for number, change in changes.items():
         if number not in map(str, range(len(phases))):
             numbers = f"phases 0 to {len(phases) - 1}" if phases else "no phases"
             found.append(f"override `phases.{number}`: the recipe has {numbers}")
         elif isinstance(change, dict) and isinstance(phases[int(number)], dict):
-            change = _absolute_paths(change, Path.cwd())
+            change = _spelled_out(_absolute_paths(change, Path.cwd()), f"phases.{number}", found)
             # Below "phases" null removes nothing: it is a phase's word that removes what the recipe has.
             phases[int(number)] = _merge(phases[int(number)], change, ("phases", number))
         else:

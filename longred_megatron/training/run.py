@@ -119,24 +119,25 @@ def train(
         SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
     """
     rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), recipe.run.dir
-    if rank == 0:
-        run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
-
-    with Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes) as watchdog:
-        watchdog.progress("the newest checkpoint")
-        done = _newest_step(folder)
-        first, run = done + 1, None
-        for phase, own_data in zip(phases, data, strict=True):
-            if done < phase.last_step or phase is phases[-1]:
-                watchdog.progress(f"loading phase {phase.number}")
-                run = None  # makes room for the next
-                gc.collect()
-                run = build(phase.recipe, source, phase.teacher, own_data, groups)
-                _train_phase(run, recipe, phases, phase, done, watchdog)
-                done = phase.last_step
-        assert run is not None
-        watchdog.progress("the export")
-        _export(run, recipe, first, phases[-1].last_step)
+    done, run = _newest_step(folder), None
+    first = done + 1
+    for phase, own_data in zip(phases, data, strict=True):
+        is_last = phase is phases[-1]
+        if done >= phase.last_step and not is_last:
+            continue
+        run = None
+        gc.collect()  # makes room: the parts of the former phase refer to each other
+        run = build(phase.recipe, source, phase.teacher, own_data, groups)
+        # Not before: the weights may be missing or broken, and then nothing has been written.
+        if rank == 0:
+            run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
+        with Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes) as watchdog:
+            _train_phase(run, recipe, phases, phase, done, watchdog)
+            done = phase.last_step
+            if is_last:
+                watchdog.progress("the export")
+                _export(run, recipe, first, done)
+    assert run is not None
     return run
 
 

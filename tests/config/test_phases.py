@@ -235,3 +235,11 @@ def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], archi
     assert text.splitlines()[-1].endswith(f"{612 * 8 * 65536:,} in 612 steps")
     [whole] = read_phases(read(None, *ONLY_LONG_TEXT))
     assert "phase" not in phases_summary([whole], architecture, 1)
+
+
+def test_steps_is_short_for_training_steps(read: Callable[..., Recipe], problems: Callable[..., list[str]]) -> None:
+    recipe = read([{"steps": 3}, {"steps": 4, "training": {"recompute": "none"}}], "phases.1.steps=5")
+    assert [phase.training.steps for phase in phases_of(recipe)] == [3, 5]
+    assert phases_of(recipe)[1].training.recompute == "none"
+    (problem,) = problems([{"steps": 3, "training": {"steps": 4}}])
+    assert problem.startswith("`phases[0].steps` is short for `phases[0].training.steps`: give one of them")

@@ -126,7 +126,7 @@ train.main(sys.argv[1:])
         assert third[name] == plain[name], name
 
 
-def test_adams_settings_are_those_of_the_phase(recipe: Path) -> None:
+def test_adams_settings_are_those_of_the_phase_and_the_former_model_is_freed(recipe: Path) -> None:
     script = """
 import sys
 from longred_megatron import train

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from longred_megatron.config import dump_recipe, load_recipe, read_architecture
+from longred_megatron.config import dump_recipe, load_recipe, read_architecture, read_phases
 from longred_megatron.data.microbatch import MicroBatchSource
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
@@ -30,8 +31,35 @@ LLAMA_3_8B = {
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
+LLAMA_3_1_8B = LLAMA_3_8B | {
+    "max_position_embeddings": 131072,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+TINY = LLAMA_3_8B | {
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
 CONFIGS = {
-    "llama3": LLAMA_3_8B,
+    "llama3_8b": LLAMA_3_8B,
+    "llama3_2_1b": LLAMA_3_1_8B
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "rope_parameters": LLAMA_3_1_8B["rope_parameters"] | {"factor": 32.0},
+    },
     "mistral": LLAMA_3_8B
     | {"model_type": "mistral", "vocab_size": 32768, "max_position_embeddings": 32768, "sliding_window": None},
     "smollm2": LLAMA_3_8B
@@ -42,27 +70,31 @@ CONFIGS = {
         "num_key_value_heads": 3,
         "max_position_embeddings": 2048,
     },
-    "tiny": LLAMA_3_8B
-    | {
-        "hidden_size": 192,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 512,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
+    "tiny": TINY,
 }
+TEACHERS = {
+    "llama3_2_1b_128k_packed": LLAMA_3_1_8B,
+    "tiny_packed_distillation": TINY | {"max_position_embeddings": 2048},
+}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def model_folder(recipe: str, folder: Path) -> Path:
     """A folder with the config.json of the recipe's model and nothing else."""
     [family] = [name for name in CONFIGS if recipe.startswith(name)]
-    (folder / family).mkdir(exist_ok=True)
-    (folder / family / "config.json").write_text(json.dumps(CONFIGS[family]))
-    return folder / family
+    return write_config(folder / family, CONFIGS[family])
 
 
 def shrunk(name: str, folder: Path, *overrides: str) -> Rehearsal:
-    recipe = load_recipe(RECIPES / f"{name}.yaml", [f"model.hf={model_folder(name, folder)}", *overrides])
+    hf = [f"model.hf={model_folder(name, folder)}"]
+    if name in TEACHERS:
+        hf.append(f"teacher.hf={write_config(folder / 'teacher', TEACHERS[name])}")
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [*hf, *overrides])
     (folder / "out").mkdir(exist_ok=True)
     return shrink(recipe, folder / "out")
 
@@ -79,7 +111,7 @@ def test_a_cluster_recipe_is_rehearsed_in_its_own_layout(tmp_path: Path) -> None
     assert "resuming after step 2" in out and "step 3/3" in out
     assert out.count("1-8, 17-24, embedding") == 4 and out.count("9-16, 25-32, head") == 4
     assert out.count("9, 12, 14, 15, 32") == 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama3"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama3_8b"]
 
 
 def build_all(join: Callable[[str], None], recipes: list[Path]) -> None:
@@ -88,9 +120,10 @@ def build_all(join: Callable[[str], None], recipes: list[Path]) -> None:
         recipe = load_recipe(path)
         source = read_architecture(recipe.model.hf)
         groups = initialize(recipe.parallel, recipe.training.seed)
-        run = build(recipe, source, source if recipe.needs_teacher else None, MicroBatchSource(recipe), groups)
-        layers = {number for stage in run.stages for number in stage.layer_numbers()}
-        assert len(layers) == source.num_layers // recipe.parallel.pipeline
+        for phase in read_phases(recipe):
+            run = build(phase.recipe, source, phase.teacher, MicroBatchSource(phase.recipe), groups)
+            layers = {number for stage in run.stages for number in stage.layer_numbers()}
+            assert len(layers) == source.num_layers // recipe.parallel.pipeline
         destroy()
 
 
@@ -104,7 +137,7 @@ def test_every_rank_of_every_recipe_is_built(tmp_path: Path) -> None:
         rehearsal = shrunk(path.stem, folder)
         (folder / "recipe.yaml").write_text(dump_recipe(rehearsal.recipe))
         worlds.setdefault(rehearsal.num_ranks, []).append(folder / "recipe.yaml")
-    assert sum(map(len, worlds.values())) >= 9
+    assert sum(map(len, worlds.values())) >= 13
     for world, recipes in worlds.items():
         run_ranks(build_all, world, recipes)
 
