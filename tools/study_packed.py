@@ -37,7 +37,7 @@ LENGTHS = (256, 512, 1024, 2048)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="of the data's order (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=12, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of each run (default: %(default)s)")
     arguments = parser.parse_args()
     disable_progress_bar()  # transformers', for weights that load in no time
     started = time.perf_counter()
