@@ -15,6 +15,8 @@ PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
 # Rows of logits that the chunked cross-entropy holds at a time, as fp32 logits and their gradient.
 LOSS_CHUNK_TOKENS = 1024
 LOSS_BYTES_PER_LOGIT = 8
+# Logit distillation: three tensors of that many bytes (objectives.logit_distillation.CHUNK_BYTES).
+DISTILLATION_BYTES = 3 * 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Archite
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
       recompute full keeps h, and one layer's working set on top; otherwise all of it (`_layer_elements`)
     - with sequence parallelism, hidden states count T / cp / tp tokens
-    - loss = 1024 tokens * vocabulary / tp * 8 (fp32 logits and their gradient)
+    - loss = 1024 tokens * vocabulary / tp * 8 (fp32 logits and their gradient); 768 MiB for logit distillation, less
+      where a rank's logits are fewer
     """
     parallel, size = recipe.parallel, PARAMETER_BYTES[recipe.precision.params]
     replicas = _replicas(recipe, world_size)
     parameters = _stage_parameters(recipe, architecture, architecture.num_layers, True)
-    has_head_loss = recipe.objectives.long_text is not None or recipe.objectives.packed_distillation is not None
     return Memory(
         parameters=size * parameters,
         gradients=GRADIENT_BYTES * parameters,
@@ -91,9 +93,7 @@ def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Archite
         teacher=size * _stage_parameters(recipe, teacher, _deepest_layer(recipe, teacher), _has_teacher_head(recipe)),
         teacher_targets=_target_elements(recipe, teacher, replicas) * size,
         activations=_activation_elements(recipe, architecture, replicas) * size,
-        loss_logits=LOSS_CHUNK_TOKENS * architecture.vocab_size / parallel.tensor * LOSS_BYTES_PER_LOGIT
-        if has_head_loss
-        else 0,
+        loss_logits=_loss_bytes(recipe, architecture),
     )
 
 
@@ -161,7 +161,7 @@ def _memory_lines(
         "teacher": "forward only: no gradients, no optimizer",
         "teacher_targets": "hidden states of the compared layers, kept for the student's pass",
         "activations": f"recompute {recipe.training.recompute}",
-        "loss_logits": f"{LOSS_CHUNK_TOKENS:,} tokens at a time",
+        "loss_logits": "a chunk of tokens at a time",
     }
     for name, formula in formulas.items():
         lines.append((f"  {name.replace('_', ' ')}", f"{getattr(memory, name) / GIB:.2f} GiB ({formula})"))
@@ -187,6 +187,18 @@ def _skipped_lines(recipe: Recipe, teacher: Architecture) -> list[tuple[str, str
     if without_head:
         skipped.append(f"the model's head on {', '.join(without_head)}")
     return [("not computed", "; ".join(skipped) or "nothing")]
+
+
+def _loss_bytes(recipe: Recipe, architecture: Architecture) -> float:
+    """What is alive of the logits, of whichever loss needs most."""
+    objectives, parallel = recipe.objectives, recipe.parallel
+    entries, tokens = architecture.vocab_size / parallel.tensor, recipe.step.tokens_per_microbatch / parallel.context
+    needs = [0.0]
+    if _has_teacher_head(recipe):
+        needs.append(min(DISTILLATION_BYTES, 3 * 4 * tokens * entries))
+    if objectives.long_text is not None or (objectives.packed_distillation and not _has_teacher_head(recipe)):
+        needs.append(min(LOSS_CHUNK_TOKENS, tokens) * entries * LOSS_BYTES_PER_LOGIT)
+    return max(needs)
 
 
 def _replicas(recipe: Recipe, world_size: int) -> int:

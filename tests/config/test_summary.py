@@ -107,6 +107,17 @@ def test_memory_without_distillation_or_cross_entropy(memory: Callable[..., Memo
     assert memory("objectives.long_text=null").loss_logits == 0
 
 
+def test_memory_of_logit_distillation(memory: Callable[..., Memory], architecture: Architecture) -> None:
+    packed = "objectives.packed_distillation={microbatches: 4, sequence_length: 8192, data: short}"
+    alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null", packed)
+    one = memory(*alone)
+    assert math.isclose(one.teacher, 2 * architecture.num_parameters(), rel_tol=1e-5)  # with its head
+    assert one.teacher_targets == 4 * 65536 * 4096 * 2  # the last hidden states alone
+    assert one.loss_logits == 768 * 2**20
+    baseline = memory(*alone, "objectives.packed_distillation.cross_entropy=1")
+    assert (baseline.teacher, baseline.loss_logits) == (0, 1024 * 128256 * 8)
+
+
 def test_memory_without_recompute_is_more(memory: Callable[..., Memory]) -> None:
     assert memory("training.recompute=none").activations > 5 * memory().activations
 
