@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,25 +119,28 @@ def train(
         SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
     """
     rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), recipe.run.dir
-    done, run = _newest_step(folder), None
+    done, run, watchdog = _newest_step(folder), None, None
     first = done + 1
-    for phase, own_data in zip(phases, data, strict=True):
-        is_last = phase is phases[-1]
-        if done >= phase.last_step and not is_last:
-            continue
-        run = None
-        gc.collect()  # makes room: the parts of the former phase refer to each other
-        run = build(phase.recipe, source, phase.teacher, own_data, groups)
-        # Not before: the weights may be missing or broken, and then nothing has been written.
-        if rank == 0:
-            run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
-        with Watchdog(folder / run_folder.RANKS, rank, num_ranks, 60 * recipe.training.hang_minutes) as watchdog:
+    with ExitStack() as until_the_end:
+        for phase, own_data in zip(phases, data, strict=True):
+            if done >= phase.last_step and phase is not phases[-1]:
+                continue
+            if watchdog:
+                watchdog.progress(f"building phase {phase.number}")
+            run = None
+            gc.collect()  # makes room: the parts of the former phase refer to each other
+            run = build(phase.recipe, source, phase.teacher, own_data, groups)
+            if watchdog is None:  # not before: the weights may be missing or broken, and then nothing has been written
+                if rank == 0:
+                    run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
+                patience_seconds = 60 * recipe.training.hang_minutes
+                watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, patience_seconds)
+                until_the_end.enter_context(watchdog)
             _train_phase(run, recipe, phases, phase, done, watchdog)
             done = phase.last_step
-            if is_last:
-                watchdog.progress("the export")
-                _export(run, recipe, first, done)
-    assert run is not None
+        assert run is not None and watchdog is not None  # the last phase is never passed over
+        watchdog.progress("the export")
+        _export(run, recipe, first, done)
     return run
 
 
