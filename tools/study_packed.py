@@ -59,7 +59,7 @@ def main() -> None:
             num_short_windows=32,
             num_long_windows=8,
             lengths=LENGTHS,
-            num_samples=6,
+            num_samples=4,
         ),
         names=list(models),
         command="make study-packed",

@@ -41,6 +41,11 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that either the loader above or a YAML 1.1 reader would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """With escapes where there is a line break: PyYAML folds some into spaces in its other styles."""
+        style = '"' if any(character in text for character in "\n\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
 
 _Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
@@ -50,6 +55,7 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, list("-+.0123456789")),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, _first)
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
