@@ -79,7 +79,7 @@ TEACHERS = {
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
