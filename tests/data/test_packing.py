@@ -118,3 +118,9 @@ def test_a_block_without_a_document_is_passed_over(tmp_path, write_indexed, monk
 def test_too_few_tokens_for_a_window_are_an_error(tmp_path, write_indexed):
     with pytest.raises(UserError, match="its 15 tokens do not fill one window of 16"):
         PackedSequences(write_indexed(tmp_path / "set", [[1] * 15]), WINDOW, (0,))
+
+
+def test_documents_of_one_token_are_all_there(tmp_path, write_indexed, monkeypatch):
+    monkeypatch.setattr(packing, "BLOCK_WINDOWS", 1)
+    packed = PackedSequences(write_indexed(tmp_path / "set", [[i] for i in range(1, 41)]), WINDOW, (1,))
+    assert sorted(piece for (piece,) in pieces(epoch(packed)).elements()) == list(range(1, 41))
