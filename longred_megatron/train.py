@@ -99,12 +99,13 @@ def _check(
     check_run_folder(recipe)
     data = open_data(phase.recipe for phase in phases)
     if is_main:
-        for phase in phases:
-            if phase.teacher is not None:
-                check_same_tokenizer(phase.recipe.model.hf, phase.recipe.teacher.hf)
-            vocab_size = min(source.vocab_size, (phase.teacher or source).vocab_size)
-            for prefix in {prefix for blend in phase.recipe.data.values() for prefix in blend}:
-                check_tokens(prefix, vocab_size)
+        teachers = {phase.recipe.teacher.hf: phase.teacher for phase in phases if phase.teacher}
+        for hf in teachers:
+            check_same_tokenizer(recipe.model.hf, hf)
+        vocab_size = min(each.vocab_size for each in (source, *teachers.values()))
+        prefixes = [prefix for phase in phases for blend in phase.recipe.data.values() for prefix in blend]
+        for prefix in dict.fromkeys(prefixes):
+            check_tokens(prefix, vocab_size)
         print(phases_summary(phases, source, world_size))
         padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
         for prefix, share in padding.items():

@@ -15,7 +15,6 @@ from longred_megatron.config.schema import (
     ShortToLong,
     Training,
 )
-from longred_megatron.config.summary import startup_summary
 
 __all__ = [
     "Architecture",
@@ -38,5 +37,4 @@ __all__ = [
     "read_architecture",
     "read_phases",
     "rope_extension",
-    "startup_summary",
 ]

@@ -36,22 +36,16 @@ class Memory:
         return sum(vars(self).values())
 
 
-def startup_summary(
-    recipe: Recipe, architecture: Architecture, world_size: int, teacher: Architecture | None = None
-) -> str:
-    """What the run will do, in about twenty lines. The recipe must have passed `check_recipe`.
-
-    Args:
-        architecture: of model.hf.
-        teacher: of teacher.hf; None where that is model.hf.
-    """
-    return in_columns(summary_lines(recipe, architecture, world_size, teacher or architecture))
-
-
 def summary_lines(
     recipe: Recipe, architecture: Architecture, world_size: int, teacher: Architecture
 ) -> list[tuple[str, str]]:
-    """(label, text) of the summary; a label that begins with a space belongs to the one above."""
+    """What the run will do, as (label, text) of some twenty lines; a label that begins with a space belongs to the one
+    above.
+
+    Args:
+        recipe: has passed `check_recipe`.
+        architecture: of model.hf; teacher: of teacher.hf, also where that is model.hf.
+    """
     return [
         *_rank_lines(recipe, world_size),
         *_token_lines(recipe),

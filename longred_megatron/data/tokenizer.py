@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from longred_megatron.errors import UserError
 
@@ -57,14 +57,12 @@ def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
 
     A folder without a tokenizer passes: there is nothing to compare.
 
-    Raises: `UserError` with the first entries that differ.
+    Raises: `UserError` with the first entries that differ, or if transformers cannot load one of them.
     """
-    from transformers import AutoTokenizer
-
     digests = file_digests(hf), file_digests(teacher_hf)
     if not all(digests) or digests[0] == digests[1]:
         return
-    ours, theirs = (AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (hf, teacher_hf))
+    ours, theirs = _load_hugging_face(hf), _load_hugging_face(teacher_hf)
     problems = []
     entries = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda entry: entry[::-1])
     if entries:
@@ -87,15 +85,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
-                "give a folder with the files of a Hugging Face tokenizer"
-            ) from error
+        self._tokenizer = _load_hugging_face(folder)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 f"tokenizer {folder} has no end-of-sequence token to end documents with; "
@@ -112,6 +102,18 @@ class HuggingFaceTokenizer:
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one list of ids gives one text
         return text
+
+
+def _load_hugging_face(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
+            "give a folder with the files of a Hugging Face tokenizer"
+        ) from error
 
 
 class SentencePieceTokenizer:

@@ -164,11 +164,10 @@ def _train_phase(
             _check_finite(metrics, folder)
             if writer:
                 writer.write(metrics)
-            watchdog.progress(f"the checkpoint of step {step}")
             if step == phase.last_step or step % recipe.training.checkpoint_every_steps == 0:
-                _save(run, recipe, step)
+                _save(run, recipe, step, watchdog)
             if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
-                _save(run, recipe, step)
+                _save(run, recipe, step, watchdog)
                 raise SystemExit(128 + signal)
 
 
@@ -241,7 +240,8 @@ def _newest_step(folder: Path) -> int:
     return 0
 
 
-def _save(run: Run, recipe: Recipe, step: int) -> None:
+def _save(run: Run, recipe: Recipe, step: int, watchdog: Watchdog) -> None:
+    watchdog.progress(f"the checkpoint of step {step}")
     path = run_folder.checkpoint_path(run.recipe.run.dir, step)
     if not path.exists():
         description = {

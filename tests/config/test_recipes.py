@@ -13,8 +13,8 @@ from longred_megatron.config import (
     ShortToLong,
     check_recipe,
     load_recipe,
-    startup_summary,
 )
+from longred_megatron.config.summary import in_columns, summary_lines
 from longred_megatron.errors import UserError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -41,7 +41,7 @@ def test_run_on_eight_gpus(name: str, architecture: Architecture) -> None:
     model = model_of(name, architecture)
     assert check_recipe(recipe, model, None, world_size=8) == []
     assert recipe.run.dir == RECIPES.parent / "runs" / name
-    assert "1,073,741,824 = 512 steps x 2,097,152" in startup_summary(recipe, model, 8)
+    assert "1,073,741,824 = 512 steps x 2,097,152" in in_columns(summary_lines(recipe, model, 8, model))
 
 
 def test_base_is_no_run() -> None:

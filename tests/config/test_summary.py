@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from longred_megatron.config import Architecture, load_recipe, startup_summary
-from longred_megatron.config.summary import GIB, Memory, _stages, expected_memory
+from longred_megatron.config import Architecture, load_recipe
+from longred_megatron.config.summary import GIB, Memory, _stages, expected_memory, in_columns, summary_lines
 
 Write = Callable[..., Path]
 
@@ -15,7 +15,8 @@ Write = Callable[..., Path]
 @pytest.fixture
 def summarise(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., str]:
     def summarise(*overrides: str, world_size: int = 1) -> str:
-        return startup_summary(load_recipe(write(values), overrides), architecture, world_size)
+        recipe = load_recipe(write(values), overrides)
+        return in_columns(summary_lines(recipe, architecture, world_size, architecture))
 
     return summarise
 

@@ -1,22 +1,18 @@
 """`packed_distillation`: loss and every gradient against plain transformers and torch, with any teacher."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.config import Parallel
 from longred_megatron.data.microbatch import MicroBatch
-from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.training.run import Run
 from tests.checkpoint.small_models import write_model
-from tests.training.test_reference_parity import megatron_gradients
+from tests.training.test_reference_parity import extended_student, megatron_gradients
 from tests.training.workspace import build_run, make_workspace
 
 # Another width, depth, number of heads, RoPE, window, and a vocabulary padded further: all but the tokenizer.
@@ -24,12 +20,6 @@ LARGE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 6, "nu
 LARGE |= {"num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 256, "vocab_size": 110}
 PACKED: dict[str, Any] = {"microbatches": 2, "sequence_length": 128, "data": "texts"}
 ALONE = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null")
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroupCollection]:
-    yield initialize(Parallel(), seed=1)
-    destroy()
 
 
 def make_packed(folder: Path, model: str = "llama_3", **settings: Any) -> Path:
@@ -61,14 +51,6 @@ def reference_loss(run: Run, batch: MicroBatch, student: torch.nn.Module, teache
         log_q, log_p = log_p, log_q
     divergence = kl_div(log_q, log_p, log_target=True, reduction="batchmean")
     return loss + (1 - settings.cross_entropy) * t**2 * divergence
-
-
-def extended_student(run: Run) -> torch.nn.Module:
-    student = AutoModelForCausalLM.from_pretrained(run.recipe.model.hf, dtype=torch.float32)
-    student.config.rope_parameters = run.student.rope
-    extended = AutoModelForCausalLM.from_config(student.config, dtype=torch.float32)
-    extended.load_state_dict(student.state_dict())
-    return extended
 
 
 def assert_same(run: Run) -> None:

@@ -1,6 +1,5 @@
 """Every objective's loss and every gradient against the papers' equations in plain transformers and torch."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM
 
 from longred_megatron.checkpoint import huggingface
-from longred_megatron.config import Parallel, load_recipe, read_architecture
+from longred_megatron.config import load_recipe, read_architecture
 from longred_megatron.data.microbatch import MicroBatch
-from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.training.run import Run, extended_architecture
 from longred_megatron.training.step import compared_layers
 from tests.training.workspace import build_run, make_workspace
@@ -21,12 +19,6 @@ from tests.training.workspace import build_run, make_workspace
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
 # Each family once, and between them: tied and untied, biases, q/k norm, llama3 and yarn scaling.
 CASES = ("llama_3", "llama_3_2", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen3_tied")
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroupCollection]:
-    yield initialize(Parallel(), seed=1)
-    destroy()
 
 
 def megatron_gradients(run: Run) -> dict[str, Tensor]:
@@ -38,19 +30,25 @@ def megatron_gradients(run: Run) -> dict[str, Tensor]:
     return {name: tensor for named in tensors for name, tensor in named.items()}
 
 
-def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
-    """DESIGN's step loss on one replica, and its gradients, with Hugging Face models."""
-    student = AutoModelForCausalLM.from_pretrained(run.recipe.model.hf, dtype=torch.float32)
-    config = student.config
+def extended_student(run: Run) -> torch.nn.Module:
+    """The model of model.hf with the recipe's RoPE and window, in transformers."""
+    source = AutoModelForCausalLM.from_pretrained(run.recipe.model.hf, dtype=torch.float32)
+    config = source.config
     config.rope_parameters = run.student.rope
     config.max_position_embeddings = run.student.max_position_embeddings
-    rebuilt = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    rebuilt.load_state_dict(student.state_dict())
+    extended = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    extended.load_state_dict(source.state_dict())
+    return extended
+
+
+def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+    """DESIGN's step loss on one replica, and its gradients, with Hugging Face models."""
+    student = extended_student(run)
     teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.hf, dtype=torch.float32)
     layers = compared_layers(run.recipe, run.source.num_layers, run.source.num_layers)
     total = torch.zeros(())
     for m in microbatches:
-        out = rebuilt(m.tokens, position_ids=m.student_positions, output_hidden_states=True)
+        out = student(m.tokens, position_ids=m.student_positions, output_hidden_states=True)
         if m.objective == "long_text":
             loss = cross_entropy(out.logits.flatten(0, 1), m.labels.flatten())
         else:
@@ -64,7 +62,7 @@ def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[st
             ).sum()
         total = total + m.weight * loss / len(microbatches)
     total.backward()
-    return total.detach(), {n: p.grad for n, p in rebuilt.named_parameters() if p.grad is not None}
+    return total.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
 def assert_same(run: Run, microbatches: list[MicroBatch]) -> None:
