@@ -36,7 +36,7 @@ layouts: setup ## the table of layouts against one process, up to 8 ranks (2 min
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (6 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos
 
-study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (half an hour)
+study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)
 	$(PYTHON_IN_VENV) tools/study_packed.py
 
 tiny-base: setup ## makes the demo's base model again, from texts alone (half an hour)
