@@ -92,26 +92,36 @@ def _check(
         raise UserError(*problems)
 
     from longred_megatron.data.microbatch import open_data
-    from longred_megatron.data.sequences import check_tokens
-    from longred_megatron.data.tokenizer import check_same_tokenizer
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)
     data = open_data(phase.recipe for phase in phases)
     if is_main:
-        teachers = {phase.recipe.teacher.hf: phase.teacher for phase in phases if phase.teacher}
-        for hf in teachers:
-            check_same_tokenizer(recipe.model.hf, hf)
-        vocab_size = min(each.vocab_size for each in (source, *teachers.values()))
-        prefixes = [prefix for phase in phases for blend in phase.recipe.data.values() for prefix in blend]
-        for prefix in dict.fromkeys(prefixes):
-            check_tokens(prefix, vocab_size)
+        _check_models(recipe, source, phases)
         print(phases_summary(phases, source, world_size))
         padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
         for prefix, share in padding.items():
             print(f"packed {prefix}: {share:.2%} of its windows is padding")
         sys.stdout.flush()
     return recipe, source, phases, data
+
+
+def _check_models(recipe: Recipe, source: Architecture, phases: Sequence[Phase]) -> None:
+    """Student and teachers against their weight files, each other's tokenizer and the data, before the first phase."""
+    from longred_megatron.checkpoint.weight_files import WeightFiles
+    from longred_megatron.data.sequences import check_tokens
+    from longred_megatron.data.tokenizer import check_same_tokenizer
+
+    teachers = {phase.recipe.teacher.hf: phase.teacher for phase in phases if phase.teacher}
+    models = {recipe.model.hf: source, **teachers}
+    for hf, architecture in models.items():
+        with WeightFiles(hf) as files:
+            files.check(architecture)
+        check_same_tokenizer(recipe.model.hf, hf)
+    vocab_size = min(architecture.vocab_size for architecture in models.values())
+    prefixes = [prefix for phase in phases for blend in phase.recipe.data.values() for prefix in blend]
+    for prefix in dict.fromkeys(prefixes):
+        check_tokens(prefix, vocab_size)
 
 
 def _silence_libraries() -> None:

@@ -69,6 +69,17 @@ def test_broken_input(change: Callable[[Path], None], message: str, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_later_teacher_without_weights_is_found_before_the_first_phase(tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path)
+    values = yaml.safe_load(recipe.read_text())
+    objectives = {"short_to_long": None, "short_restoration": None}
+    first = {"teacher": None, "objectives": objectives, "training": {"steps": 1}}
+    recipe.write_text(yaml.safe_dump(values | {"phases": [first, {"training": {"steps": 1}}]}))
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    assert re.search(r"teacher: neither model\.safetensors nor", fail(recipe))
+    assert not (tmp_path / "run").exists()
+
+
 def test_all_mistakes_of_a_recipe_come_together(tmp_path: Path) -> None:
     recipe = make_workspace(tmp_path)
     message = fail(recipe, "objectives.long_text.sequence_lenght=8", "optimizer.lr=fast", "colour=red")
