@@ -24,11 +24,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from longred_megatron.checkpoint import optimizer_state
 from longred_megatron.errors import UserError
 from longred_megatron.model.stage import Stage
 
-# The optimizer state as whole tensors, one per parameter: loads under any tensor, pipeline and data-parallel sizes.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 # What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
 _INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
 _INDEX_NAMES = {
@@ -83,7 +82,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
-        state = _sharded_state(stages, optimizer, is_loading=False)
+        state = _sharded_state(stages, optimizer)
         dist_checkpointing.save(state, str(partial), _SaveInProcess())
         marks = _marks_of_all_ranks(partial)
         if rank == 0:
@@ -130,13 +129,13 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
     """
     read_description(path)
     _refuse_foreign_pickles(path / ".metadata")
-    state = _sharded_state(stages, optimizer, is_loading=True)
+    state = _sharded_state(stages, optimizer)
     try:
         loaded = dist_checkpointing.load(state, str(path))
         for i, stage in enumerate(stages):
             stage.load_state_dict(loaded[f"model{i}"])
         if optimizer is not None:
-            optimizer.load_state_dict(loaded["optimizer"])
+            optimizer_state.load(optimizer, loaded["optimizer"])
     except _FAILURES as error:
         raise UserError(f"{path}: the checkpoint cannot be loaded ({_causes(error)})") from error
 
@@ -169,11 +168,10 @@ def read_description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of this project (checkpoint.json: {error})") from None
 
 
-def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
     state: dict[str, Any] = {f"model{i}": s.sharded_state_dict() for i, s in enumerate(stages)}
     if optimizer is not None:
-        model = state["model0"] if len(stages) == 1 else dict(state.items())
-        state["optimizer"] = optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer_state.sharded_state(optimizer, state)
     return state
 
 

@@ -102,14 +102,13 @@ def install() -> None:
 def _let_torch_adam_load_its_state() -> None:
     """Without apex and Transformer Engine, Megatron uses torch's AdamW, which keeps a tensor `step` per parameter.
 
-    Megatron 0.19.2 asks for that step before the first update has made it, restores it as one tensor that all
-    parameters share, so that every update counts once for each of them, and then looks for it where its reshardable
-    format does not keep it. All three are mended here.
+    Megatron 0.19.2 asks for that step before the first update has made it, and restores it as one tensor that all
+    parameters share, so that every update counts once for each of them. Both are mended here.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     state_dict = DistributedOptimizer.state_dict
-    restore = DistributedOptimizer._set_main_param_and_optimizer_states
+    load_state_dict = DistributedOptimizer.load_state_dict
 
     def state_dict_of_any_age(self: Any) -> dict[str, Any]:
         for group in self.optimizer.param_groups:
@@ -119,11 +118,10 @@ def _let_torch_adam_load_its_state() -> None:
                     self.optimizer.state[parameter] = {"step": torch.zeros(())} | moments
         return state_dict(self)
 
-    def restore_with_own_step(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        restore(self, model_param, {"step": state["step"]} | tensors)
+    def load_with_own_steps(self: Any, loaded: dict[str, Any]) -> None:
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
     DistributedOptimizer.state_dict = state_dict_of_any_age
-    DistributedOptimizer._set_main_param_and_optimizer_states = restore_with_own_step
+    DistributedOptimizer.load_state_dict = load_with_own_steps

@@ -44,13 +44,6 @@ def data_parallel(
     )
     chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in stages]
     for chunk in chunks:
-        # Megatron 0.19.2 gathers the optimizer state to save it without the padding between buckets, and then cuts it
-        # by offsets that count the padding: whatever lies behind a padded bucket is saved shifted. (Tied embeddings on
-        # the last of several stages are a bucket of their own.) So the padding is gathered too.
-        for buffer in chunk.buffers:
-            buffer.numel_unpadded = buffer.numel
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
         chunk.config.finalize_model_grads_func = finalize_model_grads
         if overlap:
             chunk.config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -77,8 +70,6 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
     )
-    # The groups are Megatron's own (`parallel.groups`): handed in, Megatron does not take the gloo group with them
-    # that saving a reshardable optimizer state gathers over.
     optimizer = get_megatron_optimizer(config, list(chunks))
     for group in optimizer.param_groups:
         # Only Megatron's scheduler, which is not used, reads it; but a checkpoint loads into groups that agree in it,

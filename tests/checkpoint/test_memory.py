@@ -1,4 +1,4 @@
-"""Loading and exporting hold one parameter or one shard at a time, beside the parameters themselves."""
+"""Loading, exporting and checkpoints hold one parameter or one shard at a time, beside the state itself."""
 
 import ctypes
 import re
@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from longred_megatron.checkpoint import huggingface
+from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
-from longred_megatron.config import read_architecture
-from longred_megatron.config.schema import Parallel, Precision
-from longred_megatron.model.stage import build_stages
+from longred_megatron.config import Architecture, read_architecture
+from longred_megatron.config.schema import Optimizer, Parallel, Precision
+from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.training.optimizer import build_optimizer, data_parallel
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h
@@ -48,22 +50,36 @@ def peak_above_start() -> Iterator[list[int]]:
         watcher.join()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's process table and sets glibc's allocator")
-def test_no_second_copy_of_the_model_in_memory(tmp_path, groups, monkeypatch):
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads Linux's process table and sets glibc's allocator"
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path, groups: ProcessGroupCollection) -> tuple[Architecture, list[Stage]]:
+    """A model of 150 MiB, also as the folder `source`."""
     # Tensors of a real size are given back to the system when they are freed. Here small ones are as well.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1024, num_hidden_layers=16, vocab_size=2000, num_attention_heads=8
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(tmp_path / "source", max_shard_size="50MB")
-    del model
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(
+        tmp_path / "source", max_shard_size="50MB"
+    )
     architecture = read_architecture(tmp_path / "source")
     stages = build_stages(architecture, Parallel(), Precision(params="fp32"), groups)
-    model_bytes = sum(parameter.nbytes for parameter in stages[0].parameters())
-    assert model_bytes > 150 * MIB
+    assert sum(parameter.nbytes for parameter in stages[0].parameters()) > 150 * MIB
     for parameter in stages[0].parameters():
         parameter.data.fill_(0)  # its pages exist before anything is measured
+    return architecture, stages
+
+
+def largest_bytes(stages: list[Stage]) -> int:
+    return max(parameter.nbytes for parameter in stages[0].parameters())
+
+
+def test_no_second_copy_of_the_model(tmp_path, groups, model, monkeypatch):
+    architecture, stages = model
     with peak_above_start() as loading:
         load_weights(stages, tmp_path / "source", architecture, groups)
     monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", SHARD_BYTES)
@@ -77,9 +93,22 @@ def test_no_second_copy_of_the_model_in_memory(tmp_path, groups, monkeypatch):
             rope=architecture.rope,
             max_position_embeddings=architecture.max_position_embeddings,
         )
-    largest = max(parameter.nbytes for parameter in stages[0].parameters())
-    print(
-        f"model {model_bytes / MIB:.0f} MiB; peaks above it: {loading[0] / MIB:.0f} loading, {exporting[0] / MIB:.0f}"
+    print(f"peaks above the model: {loading[0] / MIB:.0f} MiB loading, {exporting[0] / MIB:.0f} exporting")
+    assert loading[0] < 4 * largest_bytes(stages)
+    assert exporting[0] < SHARD_BYTES + 4 * largest_bytes(stages)
+
+
+def test_no_second_copy_of_the_training_state(tmp_path, groups, model):
+    _, stages = model
+    optimizer = build_optimizer(
+        Optimizer(lr=1.0e-3), Precision(params="fp32"), data_parallel(stages, groups, overlap=False)
     )
-    assert loading[0] < 4 * largest
-    assert exporting[0] < SHARD_BYTES + 4 * largest
+    optimizer.step()  # the gradients are zero
+    model_bytes = sum(parameter.nbytes for parameter in stages[0].parameters())  # and Adam's moments twice as many
+    with peak_above_start() as saving:
+        distributed.save(tmp_path / "checkpoint", stages, {}, optimizer)
+    with peak_above_start() as loading:
+        distributed.load(tmp_path / "checkpoint", stages, optimizer)
+    print(f"peaks above the state: {saving[0] / MIB:.0f} MiB saving, {loading[0] / MIB:.0f} loading")
+    assert saving[0] < model_bytes / 2
+    assert loading[0] < model_bytes / 2

@@ -27,7 +27,8 @@ class Case:
     """Some steps of a recipe in a layout.
 
     name: of the folder its outcome lies in. overrides: as on the command line. sabotage: a fault of `SABOTAGE` to
-    make on purpose. save: where to leave a checkpoint, after the first step; resume: one to start from.
+    make on purpose. resume: a checkpoint to start from. save: where to leave one, as it was loaded, or after the first
+    step.
     """
 
     name: str
@@ -99,6 +100,8 @@ def _train(case: Case, output: Path) -> None:
     run = build_run(case.recipe, groups, *case.overrides)
     if case.resume:
         distributed.load(case.resume, run.stages, run.optimizer)
+        if case.save:
+            distributed.save(case.save, run.stages, {}, run.optimizer)
     metrics: list[dict[str, Any]] = []
     for step in case.steps:
         set_hyperparameters(run.optimizer, recipe.optimizer, step, recipe.training.steps)
@@ -106,7 +109,7 @@ def _train(case: Case, output: Path) -> None:
         names = loss_names(run.train_step.layers, [name for name, _ in recipe.objectives.items()])
         losses = reduce_losses(result.losses, names, recipe, groups)
         metrics.append(losses | {"grad_norm": result.grad_norm})
-        if case.save and step == case.steps[0]:
+        if case.save and not case.resume and step == case.steps[0]:
             distributed.save(case.save, run.stages, {}, run.optimizer)
     if torch.distributed.get_rank() == 0:
         (output / "metrics.json").write_text(json.dumps(metrics))
