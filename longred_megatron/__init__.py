@@ -1,3 +1,12 @@
 """Longer context windows for open language models, without making them worse on short texts."""
 
+import logging
+import warnings
+
 __version__ = "0.1.0"
+
+# What Megatron and torch say of themselves when they are imported, of what is not installed on a CPU and what is
+# deprecated. Here, since it has to be said before their first import, by every command and every rank.
+warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")
+for _library in ("megatron", "torch.utils.cpp_extension"):
+    logging.getLogger(_library).setLevel(logging.ERROR)

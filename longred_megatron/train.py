@@ -1,10 +1,8 @@
 """The training command: `torchrun --nproc-per-node N -m longred_megatron.train RECIPE [key=value ...]`."""
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -52,7 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config.json is needed; starts its ranks itself, writes nothing that stays",
     )
     options = parser.parse_intermixed_args(arguments)
-    _silence_libraries()
     is_main = os.environ.get("RANK", "0") == "0"
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
@@ -122,13 +119,6 @@ def _check_models(recipe: Recipe, source: Architecture, phases: Sequence[Phase])
     prefixes = [prefix for phase in phases for blend in phase.recipe.data.values() for prefix in blend]
     for prefix in dict.fromkeys(prefixes):
         check_tokens(prefix, vocab_size)
-
-
-def _silence_libraries() -> None:
-    """Hides what Megatron and torch say of themselves: what is not installed on a CPU, what is deprecated."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed)\..*")
-    for library in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":
