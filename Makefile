@@ -33,7 +33,7 @@ demo: setup ## the main job on the CPU, small and real
 layouts: setup ## the table of layouts against one process, up to 8 ranks (2 minutes)
 	$(PYTHON_IN_VENV) -m tests.layouts.table
 
-chaos: setup ## kills a run 20 times at random; it must end with the same bits (6 minutes)
+chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos
 
 study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)

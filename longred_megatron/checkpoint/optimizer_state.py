@@ -13,6 +13,7 @@ from typing import Any
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
@@ -27,7 +28,8 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> 
     hyperparameters = inner.state_dict()
     if not inner.optimizer.state:  # no step has made it: allocated, to be loaded into
         inner.load_state_dict(hyperparameters)
-    entries = {id(entry.data): entry for entry in nested_values(model_state)}
+    whole, _ = extract_sharded_tensors_and_factories(model_state)
+    entries = {id(entry.data): entry for entry in nested_values(whole)}
     tensors: list[ShardedTensor] = []
     for parameter in inner.model_param_gbuf_map:
         first = inner._get_model_param_range_map(parameter)["param"].start
@@ -43,7 +45,7 @@ def load(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Elements start ... stop - 1 of a row-major tensor, in order, as boxes (offset, size): the fewest there can be."""
+    """Elements start ... stop - 1 of a row-major tensor, in order, as at most 2 x dims - 1 boxes (offset, size)."""
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     while start < stop:
         dim = next(d for d, stride in enumerate(strides) if start % stride == 0 and stride <= stop - start)
