@@ -25,6 +25,7 @@ FIRST = {
     "training": {"steps": 2},
 }
 SECOND = {
+    "model": {"rope": {"theta": 2e6}},  # neither the first's nor the recipe's
     "objectives": {"short_to_long": None, "long_text": {"microbatches": 4, "data": "more"}},
     "data": {"more": {"more": 1.0}},
     "training": {"steps": 2, "recompute": "full"},
@@ -91,10 +92,10 @@ def test_what_a_run_of_two_phases_leaves_behind(recipe: Path, tmp_path: Path) ->
     checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step-000002", "step-000004"]
     described = [json.loads((path / "checkpoint.json").read_text())["architecture"] for path in checkpoints]
-    assert [d["rope"]["rope_theta"] for d in described] == [7e5, 1e6]
+    assert [d["rope"]["rope_theta"] for d in described] == [7e5, 3e6]
     assert [d["max_position_embeddings"] for d in described] == [TARGET // 2, TARGET]
     config = json.loads((tmp_path / "run" / "hf" / "config.json").read_text())
-    assert config["max_position_embeddings"] == TARGET and config["rope_parameters"]["rope_theta"] == 1e6
+    assert config["max_position_embeddings"] == TARGET and config["rope_parameters"]["rope_theta"] == 3e6
     for folder in (checkpoints[0], tmp_path / "run" / "hf", tmp_path / "run"):
         assert load_recipe(folder / "recipe.yaml") == load_recipe(recipe)
 
@@ -168,7 +169,7 @@ def test_only_the_last_phase_may_change_its_length(recipe: Path) -> None:
     for fixed, message in {
         "phases.0.training.steps=3": r"phases\[0\]\.training\.steps was 2, is 3",
         "training.steps=7": r"training\.steps was 6, is 7",  # the length of phases that name none
-        "phases.1.model.rope.theta=2e6": r"phases\[1\]\.model\.rope\.theta was None, is 2000000",
+        "phases.1.model.rope.theta=2e6": r"phases\[1\]\.model\.rope\.theta was 3000000\.0, is 2000000",
         "phases.1.objectives.short_restoration=null": r"objectives\.short_restoration was None, is 'null'",
         "phases=[{}]": "phases was 2, is 1",
         "phases=null": "phases was 2, is None",
