@@ -25,7 +25,7 @@ FIRST = {
     "training": {"steps": 2},
 }
 SECOND = {
-    "model": {"rope": {"theta": 2e6}},  # neither the first's nor the recipe's
+    "model": {"rope": {"theta": 3e6}},  # neither the first's nor the recipe's
     "objectives": {"short_to_long": None, "long_text": {"microbatches": 4, "data": "more"}},
     "data": {"more": {"more": 1.0}},
     "training": {"steps": 2, "recompute": "full"},
