@@ -8,7 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longred_megatron.config import (
+from longred_megatron.errors import UserError, run_cli
+from longred_megatron.recipe import (
     Architecture,
     Phase,
     Recipe,
@@ -18,10 +19,9 @@ from longred_megatron.config import (
     read_architecture,
     read_phases,
 )
-from longred_megatron.errors import UserError, run_cli
 
 if TYPE_CHECKING:
-    from longred_megatron.data.microbatch import MicroBatchSource
+    from longred_megatron.training.microbatches import MicroBatchSource
 
 _EXAMPLES = """examples:
   python -m longred_megatron.train recipes/tiny_longred_c.yaml
@@ -88,7 +88,7 @@ def _check(
     if problems:
         raise UserError(*problems)
 
-    from longred_megatron.data.microbatch import open_data
+    from longred_megatron.training.microbatches import open_data
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)

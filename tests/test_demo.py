@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from longred_megatron.config import check_recipe, load_recipe, read_architecture
+from longred_megatron.recipe import check_recipe, load_recipe, read_architecture
 
 ROOT = Path(__file__).parents[1]
 

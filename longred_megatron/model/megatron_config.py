@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from longred_megatron.config import Architecture, Parallel, Precision
+from longred_megatron.recipe import Architecture, Parallel, Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

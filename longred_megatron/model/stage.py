@@ -9,12 +9,12 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from longred_megatron.config import Architecture, Parallel, Precision
 from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
-from longred_megatron.objectives.rope import inverse_frequencies
+from longred_megatron.recipe import Architecture, Parallel, Precision
+from longred_megatron.rope.scaling import inverse_frequencies
 
 
 class Stage(GPTModel):

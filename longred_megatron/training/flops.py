@@ -1,7 +1,7 @@
 """Floating-point operations a training step needs, for model FLOPs utilization."""
 
-from longred_megatron.config import Architecture, Recipe
-from longred_megatron.objectives.mixture import TOKEN_OBJECTIVES
+from longred_megatron.recipe import Architecture, Recipe
+from longred_megatron.training.order import TOKEN_OBJECTIVES
 
 
 def forward_flops_per_token(architecture: Architecture, depth: int, sequence_length: int, head: bool) -> float:

@@ -9,13 +9,13 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from longred_megatron.config.schema import Objective, PackedDistillation
-from longred_megatron.data.microbatch import MicroBatch
+from longred_megatron.kernels.cosine_distance import restoration_loss
+from longred_megatron.kernels.cross_entropy import linear_cross_entropy
+from longred_megatron.kernels.divergence import linear_distillation
 from longred_megatron.model.stage import Stage
-from longred_megatron.objectives.cross_entropy import linear_cross_entropy
-from longred_megatron.objectives.logit_distillation import linear_distillation
-from longred_megatron.objectives.mixture import HIDDEN_STATE_OBJECTIVES
-from longred_megatron.objectives.restoration import restoration_loss
+from longred_megatron.recipe.schema import Objective, PackedDistillation
+from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.order import HIDDEN_STATE_OBJECTIVES
 
 
 def stage_losses(

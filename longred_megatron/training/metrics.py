@@ -14,9 +14,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from longred_megatron.config import Recipe
-from longred_megatron.objectives.mixture import HIDDEN_STATE_OBJECTIVES
+from longred_megatron.recipe import Recipe
 from longred_megatron.training import run_folder
+from longred_megatron.training.order import HIDDEN_STATE_OBJECTIVES
 
 # Dense peak of the tensor cores in FLOP/s (vendor data sheets), by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}

@@ -25,7 +25,10 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from longred_megatron.config import (
+from longred_megatron.errors import UserError
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.recipe import (
     Architecture,
     Recipe,
     check_phases,
@@ -35,11 +38,8 @@ from longred_megatron.config import (
     read_architecture,
     read_phases,
 )
-from longred_megatron.data.microbatch import open_data
-from longred_megatron.errors import UserError
-from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.training.metrics import memory
+from longred_megatron.training.microbatches import open_data
 from longred_megatron.training.run import Run, train
 
 MAX_RANKS = 16

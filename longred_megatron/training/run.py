@@ -15,17 +15,17 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
-from longred_megatron.config import Architecture, Phase, Recipe, dump_recipe, rope_extension
-from longred_megatron.data.microbatch import MicroBatch, MicroBatchSource, dump
 from longred_megatron.errors import UserError
 from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
-from longred_megatron.objectives.mixture import microbatch_order
-from longred_megatron.objectives.rope import extended_rope
+from longred_megatron.recipe import Architecture, Phase, Recipe, dump_recipe, rope_extension
+from longred_megatron.rope.scaling import extended_rope
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
+from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
+from longred_megatron.training.order import microbatch_order
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep, compared_layers, every_replica_ends_on_tokens, wants_teacher_head
 from longred_megatron.training.watchdog import Watchdog

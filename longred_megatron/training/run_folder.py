@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from longred_megatron.checkpoint.distributed import PARTIAL
-from longred_megatron.config import Recipe, dump_recipe
 from longred_megatron.errors import UserError
+from longred_megatron.recipe import Recipe, dump_recipe
 
 # What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
 _FREE_SECTIONS = ("parallel", "debug")

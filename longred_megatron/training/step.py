@@ -12,13 +12,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from longred_megatron.config import Recipe
-from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.model.injection import inject_loss
 from longred_megatron.model.stage import Stage
-from longred_megatron.objectives.mixture import TOKEN_OBJECTIVES
 from longred_megatron.parallel.context import cut_for_context_rank
+from longred_megatron.recipe import Recipe
 from longred_megatron.training.losses import stage_losses
+from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.order import TOKEN_OBJECTIVES
 
 Targets = list[dict[int, Tensor]]  # per micro-batch: {layer: teacher's hidden states}
 

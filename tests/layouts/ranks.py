@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longred_megatron.checkpoint import distributed, huggingface
-from longred_megatron.config import load_recipe
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.recipe import load_recipe
 from longred_megatron.training.metrics import loss_names, reduce_losses
 from longred_megatron.training.optimizer import set_hyperparameters
 from tests.layouts.sabotage import SABOTAGE

@@ -9,9 +9,9 @@ from unittest.mock import patch
 
 import torch
 
-from longred_megatron.data.microbatch import MicroBatch
 from longred_megatron.model import attention, injection
 from longred_megatron.training import metrics, step
+from longred_megatron.training.microbatches import MicroBatch
 
 
 @contextmanager

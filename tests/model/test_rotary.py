@@ -5,7 +5,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from longred_megatron.model.rotary import rotary_table
-from longred_megatron.objectives.rope import inverse_frequencies
+from longred_megatron.rope.scaling import inverse_frequencies
 
 
 @pytest.mark.parametrize("positions", [[0, 1, 2, 3], [0, 1, 500, 8191], [131071, 7, 7, 0]])

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from longred_megatron.config import Parallel
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.recipe import Parallel
+from tests.data.conftest import write_indexed  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")

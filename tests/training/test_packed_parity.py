@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.data.microbatch import MicroBatch
+from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.run import Run
 from tests.checkpoint.small_models import write_model
 from tests.training.test_reference_parity import extended_student, megatron_gradients

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from longred_megatron.config import dump_recipe, load_recipe
 from longred_megatron.errors import UserError
+from longred_megatron.recipe import dump_recipe, load_recipe
 from longred_megatron.training.run_folder import check_run_folder
 from tests.checkpoint.small_models import SIZES
 from tests.training.test_run import assert_bitwise_equal, exported, train
@@ -112,7 +112,7 @@ def test_the_second_phase_begins_with_the_weights_of_the_first_and_its_own_rope_
     script = """
 import sys
 from longred_megatron import train
-from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.training.microbatches import MicroBatchSource
 step = MicroBatchSource.step
 MicroBatchSource.step = lambda source, number, *ranks: step(source, number + 2, *ranks)
 train.main(sys.argv[1:])

@@ -10,8 +10,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM
 
 from longred_megatron.checkpoint import huggingface
-from longred_megatron.config import load_recipe, read_architecture
-from longred_megatron.data.microbatch import MicroBatch
+from longred_megatron.recipe import load_recipe, read_architecture
+from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.run import Run, extended_architecture
 from longred_megatron.training.step import compared_layers
 from tests.training.workspace import build_run, make_workspace

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from longred_megatron.config import dump_recipe, load_recipe, read_architecture, read_phases
-from longred_megatron.data.microbatch import MicroBatchSource
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.recipe import dump_recipe, load_recipe, read_architecture, read_phases
+from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.rehearsal import Rehearsal, shrink
 from longred_megatron.training.run import build
 

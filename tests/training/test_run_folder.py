@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from longred_megatron.config import dump_recipe, load_recipe
 from longred_megatron.errors import UserError
+from longred_megatron.recipe import dump_recipe, load_recipe
 from longred_megatron.training.run_folder import (
     check_run_folder,
     checkpoint_path,

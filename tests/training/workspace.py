@@ -12,8 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.config import load_recipe, read_architecture
-from longred_megatron.data.microbatch import MicroBatchSource
+from longred_megatron.recipe import load_recipe, read_architecture
+from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import Run, build
 from tests.checkpoint.small_models import MODELS, SIZES, write_model
 

@@ -1,0 +1,82 @@
+"""Next-token cross-entropy straight from hidden states."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longred_megatron.kernels.linear_loss import NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Sum over tokens with a label of -log softmax(hidden @ weight.T)[label], a scalar in fp32 (or fp64).
+
+    - hidden [tokens, hidden] and weight [vocab_local, hidden] have one dtype, in which the products run;
+      softmax and sums run in fp32.
+    - labels [tokens]: ids in [0, vocab_size), or -100 for no loss; any other makes the loss infinite.
+    - weight is this rank's shard: rank r of `group` (the tensor-parallel group; None: one rank) holds the
+      rows from r * vocab_local on. Rows from `vocab_size` on are padding and take no probability.
+
+    This is LongReD's L_long (Eq. 18); divided by the number of labels N_i it is one term of the step loss
+        (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over tokens of loss_o(token).
+    Divisor and weight are the caller's.
+
+    The loss is the same on all ranks of the group; the gradient of `hidden` is this rank's partial sum, to be
+    summed over the group by the caller. Can be differentiated once; see `linear_loss`.
+
+    `chunk_tokens` bounds the working memory to about 6 bytes (bf16) x chunk_tokens x vocab_local: 0.8 GB for
+    1024 tokens and 128K entries, less than the weight itself. Fewer tokens make the matrix products too small
+    for a GPU, and every chunk reads and writes the fp32 weight gradient once.
+
+    Raises ValueError when the shards together have fewer rows than `vocab_size`.
+    """
+    shard = VocabularyShard.of(weight, vocab_size, group)
+
+    def chunk_loss(logits: Tensor, chunk: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
+        return chunk_cross_entropy(logits, labels[chunk], shard, needs_gradient)
+
+    return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
+
+
+def chunk_cross_entropy(
+    logits: Tensor, labels: Tensor, shard: VocabularyShard, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The chunk's summed loss, and its gradient by `logits` [chunk, vocab_local] in their dtype (else empty).
+
+    With m the largest logit of the whole vocabulary, s = sum over the whole vocabulary of exp(logit - m):
+        loss = sum over labelled tokens of log s - (logit[label] - m)
+        gradient = exp(logit - m) / s - (1 at the label), 0 where there is no label.
+    Of `logits`, only the padding is overwritten.
+    """
+    logits[:, shard.num_real :] = -torch.inf
+    maximum = logits.amax(-1).to(arithmetic_dtype(logits))
+    # Tensor-parallel group: its ranks hold the other logits of these tokens.
+    shard.all_reduce(maximum, dist.ReduceOp.MAX)
+    logits_dtype, logits = logits.dtype, logits - maximum.unsqueeze(1)
+
+    has_label = labels != NO_LABEL
+    column = labels - shard.first
+    is_here = (column >= 0) & (column < shard.num_real)
+    at_label = torch.arange(len(labels), device=labels.device), column.clamp(0, logits.shape[1] - 1)
+    label_logit = torch.where(is_here, logits[at_label], 0)
+    exponentials = logits.exp_()
+    sums = torch.stack([exponentials.sum(-1), label_logit])
+    # Tensor-parallel group: the rest of the softmax's sum; and one of its ranks has the label's logit.
+    shard.all_reduce(sums)
+    denominator, label_logit = sums
+    is_id = (labels >= 0) & (labels < shard.vocab_size)
+    token_loss = torch.where(is_id, denominator.log() - label_logit, torch.inf)
+    loss = torch.where(has_label, token_loss, 0).sum()
+    if not needs_gradient:
+        return loss, exponentials.new_empty(0)
+
+    exponentials[at_label] -= torch.where(is_here, denominator, 0)
+    gradient = exponentials.div_(denominator.unsqueeze(1)).to(logits_dtype)
+    return loss, gradient.masked_fill_(~has_label.unsqueeze(1), 0)

@@ -1,0 +1,54 @@
+"""How one replica of a model is cut over ranks, and in which number formats it is computed."""
+
+from itertools import accumulate
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from longred_megatron.settings import PositiveInt, Settings
+
+
+class Parallel(Settings):
+    """How one model replica is cut; data parallelism takes what is left of the world."""
+
+    tensor: PositiveInt = Field(1, description="ranks that share each layer's matrices")
+    pipeline: PositiveInt = Field(1, description="pipeline stages")
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="model chunks per pipeline stage (interleaved schedule); null: one"
+    )
+    layers_per_stage: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+        None, description="layers of each of the pipeline x virtual_pipeline chunks, in order; null: equally many"
+    )
+    context: PositiveInt = Field(1, description="ranks that share each micro-batch's tokens")
+    sequence: bool = Field(False, description="Megatron's sequence parallelism; needs tensor > 1")
+
+    @property
+    def num_chunks(self) -> int:
+        """Pipeline stages times the model chunks on each. Chunk i lies on stage i mod `pipeline`."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def for_depth(self, num_layers: int) -> "Parallel":
+        """The same stages for a model of `num_layers` layers, split by its own depth, as evenly as it goes."""
+        chunks = self.num_chunks
+        if num_layers == sum(self.layers_per_stage or (0,)) or (not self.layers_per_stage and num_layers % chunks == 0):
+            return self
+        sizes = tuple((i + 1) * num_layers // chunks - i * num_layers // chunks for i in range(chunks))
+        return self.model_copy(update={"layers_per_stage": sizes})
+
+    def chunk_layers(self, num_layers: int) -> list[range]:
+        """The layer numbers (from 1) of each chunk."""
+        sizes = self.layers_per_stage or (num_layers // self.num_chunks,) * self.num_chunks
+        ends = list(accumulate(sizes))
+        return [range(end - size + 1, end + 1) for size, end in zip(sizes, ends, strict=True)]
+
+
+class Precision(Settings):
+    """Number formats."""
+
+    params: Literal["bf16", "fp32"] = Field(
+        "bf16", description="parameters and arithmetic; with bf16 the optimizer keeps fp32 copies"
+    )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None, description="FP8 matrix products; hybrid: e5m2 for gradients; null: none"
+    )
+    fp8_attention: bool = Field(False, description="FP8 attention as well; needs fp8")

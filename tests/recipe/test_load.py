@@ -1,0 +1,372 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from longred_megatron.errors import UserError
+from longred_megatron.recipe import Recipe, dump_recipe, load_recipe
+
+Write = Callable[..., Path]
+
+
+def problems_of(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return caught.value.problems
+
+
+def test_defaults(write: Write, values: dict[str, Any]) -> None:
+    recipe = load_recipe(write(values))
+    assert recipe.teacher.hf == recipe.model.hf
+    assert recipe.objectives.long_text is not None
+    assert recipe.objectives.long_text.weight == 1
+    assert recipe.parallel.virtual_pipeline is None
+    assert recipe.num_microbatches == 16
+    assert recipe.needs_teacher
+    assert [name for name, _ in recipe.objectives.items()] == [
+        "long_text",
+        "short_to_long",
+        "short_restoration",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rope", "method"),
+    [(None, "none"), ("none", "none"), ({"method": "none"}, "none"), ({"method": "pi"}, "pi")],
+)
+def test_rope_forms(write: Write, values: dict[str, Any], rope: Any, method: str) -> None:
+    del values["model"]["rope"]
+    if rope is not None:
+        values["model"]["rope"] = rope
+    assert load_recipe(write(values)).model.rope.method == method
+
+
+def test_recipe_is_read_only(write: Write, values: dict[str, Any]) -> None:
+    recipe = load_recipe(write(values))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.training.steps = 1  # type: ignore[misc]
+
+
+# Inheritance
+
+
+def test_child_is_merged_over_its_chain_of_bases(write: Write, values: dict[str, Any]) -> None:
+    write(values, "a.yaml")
+    write({"base": "a.yaml", "training": {"seed": 7}, "optimizer": {"betas": [0.8, 0.9]}}, "b.yaml")
+    recipe = load_recipe(write({"base": "b.yaml", "training": {"steps": 3}}, "c.yaml"))
+    assert (recipe.training.steps, recipe.training.seed) == (3, 7)
+    assert recipe.optimizer.betas == (0.8, 0.9)
+    assert recipe.optimizer.lr == 2e-5
+
+
+def test_null_removes_an_inherited_objective_data_set_and_teacher(write: Write, values: dict[str, Any]) -> None:
+    write({**values, "teacher": {"hf": "t"}}, "a.yaml")
+    child = {
+        "base": "a.yaml",
+        "objectives": {"short_to_long": None},
+        "data": {"window": None},
+        "teacher": None,
+    }
+    recipe = load_recipe(write(child))
+    assert recipe.objectives.short_to_long is None
+    assert set(recipe.data) == {"long", "short"}
+    assert recipe.teacher.hf == recipe.model.hf
+
+
+def test_a_blend_and_another_rope_method_are_replaced_whole(write: Write, values: dict[str, Any]) -> None:
+    base = write(values, "a.yaml")
+    child = {"base": "a.yaml", "model": {"rope": {"method": "pi", "factor": 4}}, "data": {"short": {"x": 1}}}
+    recipe = load_recipe(write(child))
+    assert recipe.model.rope.model_dump() == {"method": "pi", "factor": 4.0}
+    assert recipe.data["short"] == {str(base.parent / "x"): 1.0}
+    assert len(recipe.data) == 3
+    theta = load_recipe(write({"base": "a.yaml", "model": {"rope": {"theta": 1e8}}})).model.rope
+    assert theta.model_dump() == {"method": "abf", "theta": 1e8}
+
+
+def test_circle_of_bases(write: Write, values: dict[str, Any]) -> None:
+    write({**values, "base": "b.yaml"}, "a.yaml")
+    write({"base": "c.yaml"}, "b.yaml")
+    path = write({"base": "a.yaml"}, "c.yaml")
+    (problem,) = problems_of(path)
+    assert "`base` goes in a circle" in problem
+    names = problem.partition("circle: ")[2].split(" -> ")
+    assert [Path(name).name for name in names] == ["c.yaml", "a.yaml", "b.yaml", "c.yaml"]
+
+
+def test_base_that_is_missing_or_no_path(write: Write, values: dict[str, Any]) -> None:
+    write(values, "other.yaml")
+    (problem,) = problems_of(write({"base": "othr.yaml"}, "a.yaml"))
+    assert "othr.yaml (the base of " in problem
+    assert "did you mean other.yaml?" in problem
+    (problem,) = problems_of(write({**values, "base": ["other.yaml"]}, "b.yaml"))
+    assert "`base` is ['other.yaml']: must be the path of one recipe" in problem
+
+
+# Paths
+
+
+def test_paths_are_relative_to_the_file_that_names_them(
+    write: Write, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write({**values, "debug": {"dump_microbatches": "../d"}}, "bases/a.yaml")
+    child = write({"base": "../bases/a.yaml", "run": {"dir": "r"}, "data": {"long": {"x": 1}}}, "child/b.yaml")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    recipe = load_recipe(os.path.relpath(child), ["teacher.hf=t", "data.window={../w: 1}"])
+    assert recipe.model.hf == tmp_path / "bases/m"
+    assert recipe.debug.dump_microbatches == tmp_path / "d"
+    assert recipe.run.dir == tmp_path / "child/r"
+    assert recipe.teacher.hf == elsewhere / "t"
+    assert recipe.data["long"] == {str(tmp_path / "child/x"): 1.0}
+    assert recipe.data["window"] == {str(tmp_path / "w"): 1.0}
+    assert list(recipe.data["short"]) == [str(tmp_path / "bases/s"), str(tmp_path / "bases/t")]
+
+
+def test_home_folder(write: Write, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    values["model"]["hf"] = "~/m"
+    assert load_recipe(write(values)).model.hf == Path("/somewhere/m")
+
+
+# Overrides
+
+
+def test_overrides(write: Write, values: dict[str, Any]) -> None:
+    recipe = load_recipe(
+        write(values),
+        [
+            "optimizer.lr=2e-6",
+            "objectives.short_restoration.layers=[1, 2]",
+            "parallel={tensor: 2, sequence: true}",
+            "model.rope.factor=8",  # before the method it belongs to
+            "model.rope.method=yarn",
+            "objectives.short_to_long=null",
+            "precision.params=fp32",
+        ],
+    )
+    assert recipe.optimizer.lr == 2e-6
+    assert recipe.objectives.short_restoration is not None
+    assert recipe.objectives.short_restoration.layers == (1, 2)
+    assert (recipe.parallel.tensor, recipe.parallel.sequence) == (2, True)
+    assert recipe.model.rope.model_dump()["factor"] == 8.0
+    assert recipe.objectives.short_to_long is None
+    assert recipe.precision.params == "fp32"
+
+
+@settings(max_examples=30, suppress_health_check=list(HealthCheck), deadline=None)
+@given(lr=st.floats(min_value=1e-300, max_value=1e300), steps=st.integers(min_value=1))
+@example(lr=1e-5, steps=1)
+@example(lr=1e22, steps=10**30)
+def test_any_number_python_prints_can_be_an_override(
+    write: Write, values: dict[str, Any], lr: float, steps: int
+) -> None:
+    recipe = load_recipe(write(values), [f"optimizer.lr={lr!r}", f"training.steps={steps}"])
+    assert (recipe.optimizer.lr, recipe.training.steps) == (lr, steps)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["training.steps"],
+            "override 'training.steps': must look like training.steps=100 (section.key=value)",
+        ),
+        (["--training.steps=3"], "override '--training.steps=3': must look like training.steps=100"),
+        (["training..steps=3"], "override 'training..steps=3': must look like"),
+        (["training.steps=3", "training.steps=4"], "override `training.steps` is given twice; keep one"),
+        (["base=x.yaml"], "override `base`: a base cannot be given on the command line"),
+        (
+            ["data.long.x=1"],
+            "override `data.long.x`: a blend is set as a whole: data.long={PREFIX: WEIGHT, ...}",
+        ),
+        (["training.steps=[1"], "override 'training.steps=[1': not valid YAML: line 1"),
+        (["training={steps: 1, steps: 2}"], "key `steps` was already given in line 1"),
+        (["trainig.steps=3"], "unknown key `trainig`; did you mean `training`?"),
+        (["training.steps="], "`training.steps` is null, which is not allowed here: give it a value"),
+    ],
+)
+def test_bad_overrides(write: Write, values: dict[str, Any], overrides: list[str], expected: str) -> None:
+    (problem,) = problems_of(write(values), *overrides)
+    assert expected in problem
+
+
+# Files
+
+
+def test_files_that_are_no_recipe(write: Write, tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path / "none.yaml")
+    assert problem == f"{tmp_path}/none.yaml: no such recipe"
+    write("a: 1", "recipe_a.yaml")
+    assert problems_of(tmp_path / "recipe_b.yaml")[0].endswith("did you mean recipe_a.yaml?")
+    assert "cannot be read as a text file" in problems_of(tmp_path)[0]
+    assert "this file is empty" in problems_of(write("# nothing\n"))[0]
+    assert "this file is a list" in problems_of(write("- 1\n"))[0]
+    (problem,) = problems_of(write("model: {hf: x\nstep: 3\n"))
+    assert "recipe.yaml: not valid YAML: line 2, column 5: expected ',' or '}'" in problem
+    assert "not valid YAML: line 2" in problems_of(write("a: 1\n[1]: 2\n", "key.yaml"))[0]
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as a text file" in problems_of(tmp_path / "binary.yaml")[0]
+
+
+# Messages
+
+
+def test_everything_that_is_wrong_comes_in_one_message(write: Write, values: dict[str, Any]) -> None:
+    values["model"] |= {"rope": {"method": "abf", "theta": -1, "factr": 2}, "max_position_embeddings": 0.5}
+    values["objectives"]["long_txt"] = {}
+    values["objectives"]["long_text"]["data"] = None
+    values["objectives"]["short_to_long"] |= {"positions": "creme", "context_parallel": True}
+    values["objectives"]["short_restoration"]["layers"] = ["a"]
+    values["data"] = {"long": {}, "short": 3, "window": {"": 1, "x": "1", 2: 1}}
+    values["optimizer"] = {"betas": [1, 0.9], "lr": float("nan"), "eps": "1"}
+    values["training"] = {"stps": 1}
+    values["parallel"] = {"virtual_pipeline": 1}
+    values["run"] = {"dir": ""}
+    values["phases"] = []
+    path = write(values)
+    path.write_text(path.read_text() + "step: {tokens_per_microbatch: 65536}\n")
+    folder = path.parent
+    expected = [
+        "key `step` was already given in line",
+        "`data.window.2`: key 2 is not a text; put it in quotes",
+        "`model.rope.theta` is -1: must be greater than 0 (RoPE base",
+        "unknown key `model.rope.factr`; known here: method, theta",
+        "`model.max_position_embeddings` is 0.5: must be a whole number (target window, in tokens)",
+        "`objectives.long_text.data` is null, which is not allowed here: give it a value (name of",
+        "`objectives.short_to_long.context_parallel` is true: must be a whole number",
+        "`objectives.short_to_long.positions` is 'creme': must be 'cream', 'uniform' or 'natural'",
+        "`objectives.short_restoration.layers[0]` is 'a': must be a whole number",
+        "unknown key `objectives.long_txt`; did you mean `long_text`?",
+        "`data.long` is {}: must have at least 1 entries, has 0",
+        "`data.short` is 3: must be a mapping (key: value)",
+        "`data.window.` is '': must not be empty",
+        f"`data.window.{folder}/x` is '1': must be a number",
+        "`parallel.virtual_pipeline` is 1: must be at least 2",
+        "`optimizer.lr` is nan: must be a finite number (peak learning rate)",
+        "`optimizer.betas[0]` is 1: must be less than 1",
+        "`optimizer.eps` is '1': must be a number",
+        "`training.steps` is missing: add it (optimizer steps)",
+        "unknown key `training.stps`; did you mean `steps`?",
+        "`run.dir` is '': must be a path, not an empty text",
+        "`phases` is []: must have at least 1 entries, has 0",
+    ]
+    found = problems_of(path)
+    for text in expected:
+        assert sum(text in problem for problem in found) == 1, (text, found)
+    assert len(found) == len(expected), found
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"method": "abff"}, "`model.rope.method` is 'abff': must be one of 'abf', 'pi', 'yarn', 'none'"),
+        ({"theta": 2e7}, "`model.rope.method` is missing: add one of 'abf', 'pi', 'yarn', 'none'"),
+        ("pi", "`model.rope` is 'pi': must be a mapping (key: value)"),
+        ({"method": "abf"}, "`model.rope.theta` is missing: add it (RoPE base"),
+        ({"method": "yarn", "factor": 1}, "`model.rope.factor` is 1: must be greater than 1"),
+        ({"method": "none", "theta": 1}, "unknown key `model.rope.theta`; known here: method"),
+    ],
+)
+def test_rope_messages(write: Write, values: dict[str, Any], rope: Any, expected: str) -> None:
+    values["model"]["rope"] = rope
+    (problem,) = problems_of(write(values))
+    assert problem.startswith(expected)
+
+
+def test_no_objective(write: Write, values: dict[str, Any]) -> None:
+    values["objectives"] = dict.fromkeys(values["objectives"])
+    (problem,) = problems_of(write(values))
+    assert problem.startswith("`objectives` needs at least one objective; add one of long_text,")
+
+
+def test_null_section_that_has_a_default(write: Write, values: dict[str, Any]) -> None:
+    (problem,) = problems_of(write({**values, "parallel": None}))
+    assert problem.startswith("`parallel` is null, which is not allowed here: give it a value or leave the key out")
+
+
+# Round trip
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
+    ["1e5", "off", "null", "~", "010", "1:30", "2024-01-31", "true", "-", "a: b", "#", "x" * 200]
+)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+count = st.integers(min_value=1, max_value=2**40)
+common = {
+    "microbatches": count,
+    "sequence_length": count,
+    "data": names,
+    "weight": positive,
+    "context_parallel": st.none() | count,
+}
+objectives = st.fixed_dictionaries(
+    {"long_text": st.fixed_dictionaries(common)},
+    optional={
+        "short_to_long": st.none()
+        | st.fixed_dictionaries(common | {"positions": st.sampled_from(["cream", "uniform", "natural"])}),
+        "short_restoration": st.fixed_dictionaries(common | {"layers": st.lists(st.integers(-3, 99), min_size=1)}),
+    },
+)
+rope = st.one_of(
+    st.just("none"),
+    st.fixed_dictionaries({"method": st.just("abf"), "theta": positive}),
+    st.fixed_dictionaries({"method": st.just("pi")}, optional={"factor": st.floats(1.5, 1e300)}),
+    st.fixed_dictionaries(
+        {"method": st.just("yarn")},
+        optional={"beta_fast": positive, "attention_factor": st.none() | positive},
+    ),
+)
+path_text = names.map(lambda name: f"/{name}")
+recipes = st.fixed_dictionaries(
+    {
+        "model": st.fixed_dictionaries({"hf": path_text, "rope": rope, "max_position_embeddings": count}),
+        "step": st.fixed_dictionaries({"tokens_per_microbatch": count}),
+        "objectives": objectives,
+        "data": st.dictionaries(
+            names,
+            st.dictionaries(path_text.map(os.path.abspath), positive, min_size=1, max_size=3),
+            max_size=3,
+        ),
+        "optimizer": st.fixed_dictionaries(
+            {"lr": positive}, optional={"betas": st.lists(st.floats(0, 0.99), min_size=2, max_size=2)}
+        ),
+        "training": st.fixed_dictionaries({"steps": count}),
+        "run": st.fixed_dictionaries({"dir": path_text}),
+    },
+    optional={
+        "teacher": st.fixed_dictionaries({"hf": path_text}),
+        "precision": st.fixed_dictionaries({"fp8": st.sampled_from([None, "hybrid"])}),
+        "debug": st.fixed_dictionaries({"dump_microbatches": st.none() | path_text}),
+    },
+)
+
+
+def _normalised(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Paths as loading leaves them: /a/../b is /b."""
+    for section, key in (("model", "hf"), ("teacher", "hf"), ("run", "dir"), ("debug", "dump_microbatches")):
+        if recipe.get(section, {}).get(key) is not None:
+            recipe[section][key] = os.path.abspath(recipe[section][key])
+    return recipe
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
+@given(content=recipes)
+def test_dumped_recipe_loads_as_an_equal_one(tmp_path: Path, content: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(_normalised(content))
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_dump_writes_out_defaults(write: Write, values: dict[str, Any]) -> None:
+    del values["objectives"]["short_to_long"]
+    del values["data"]["window"]
+    text = dump_recipe(load_recipe(write(values)))
+    assert "short_to_long" not in text
+    assert "checkpoint_every_steps: 64" in text
+    assert "layers: [1, 9, 32]" in text

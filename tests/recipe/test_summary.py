@@ -1,0 +1,139 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longred_megatron.recipe import Architecture, load_recipe
+from longred_megatron.recipe.summary import GIB, Memory, _stages, expected_memory, in_columns, summary_lines
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def summarise(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., str]:
+    def summarise(*overrides: str, world_size: int = 1) -> str:
+        recipe = load_recipe(write(values), overrides)
+        return in_columns(summary_lines(recipe, architecture, world_size, architecture))
+
+    return summarise
+
+
+@pytest.fixture
+def memory(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., Memory]:
+    def memory(*overrides: str, world_size: int = 1, **changes: Any) -> Memory:
+        model = replace(architecture, **changes)
+        return expected_memory(load_recipe(write(values), overrides), model, model, world_size)
+
+    return memory
+
+
+def test_arithmetic_of_the_published_step(summarise: Callable[..., str]) -> None:
+    """LongReD's 32K step (PAPERS: 16 x 131,072 tokens; 0.5 CE + 1.25 s2l + 1.875 restoration)."""
+    text = summarise("step.tokens_per_microbatch=131072", "parallel={tensor: 2, context: 2}", world_size=8)
+    lines = {line.split("  ")[0].strip(): line for line in text.splitlines() if not line.startswith(" ")}
+    assert "8 = tensor 2 x pipeline 1 x context 2 x data 2" in lines["world"]
+    assert "16 a step = 8 on each of 2 replicas; 131,072 tokens each, 65,536 on a rank" in lines["micro-batches"]
+    assert lines["tokens a step"].endswith(" 2,097,152")
+    assert "1,073,741,824 = 512 steps x 2,097,152" in lines["tokens in all"]
+    assert "0.5 long_text + 1.25 short_to_long + 1.875 short_restoration (sum of 3 layers)" in lines["step loss"]
+    assert lines["parameters"].endswith(" 8,030,261,248")
+    assert "8,192 -> 32,768 tokens, rope abf, theta 2e+07" in lines["window"]
+    assert "1,048,576 (50.0%): 32 x 32,768" in text
+    assert "262,144 (12.5%): 32 x 8,192" in text
+    assert "786,432 (37.5%): 768 x 1,024" in text
+
+
+def test_what_is_skipped(summarise: Callable[..., str]) -> None:
+    assert summarise().endswith(
+        "the teacher on long_text; the teacher's head; the model's head on short_to_long, short_restoration"
+    )
+    shallow = summarise("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 9]")
+    assert "the teacher's layers 10 to 32; the teacher's head" in shallow
+    alone = summarise("objectives.short_to_long=null", "objectives.short_restoration=null")
+    assert alone.endswith("not computed       the teacher (no objective compares with it)")
+
+
+def test_memory_of_one_rank_is_that_of_the_whole_model(
+    memory: Callable[..., Memory], architecture: Architecture
+) -> None:
+    one = memory()
+    number = architecture.num_parameters()
+    embedding = architecture.vocab_size * architecture.hidden_size
+    # The final norm's 4,096 weights are left out.
+    assert math.isclose(one.parameters, 2 * number, rel_tol=1e-5)
+    assert math.isclose(one.gradients, 4 * number, rel_tol=1e-5)
+    assert math.isclose(one.optimizer, 12 * number, rel_tol=1e-5)
+    assert math.isclose(one.teacher, 2 * (number - embedding), rel_tol=1e-5)
+    # 6 micro-batches x 3 layers and 2 x the last one, 65,536 tokens x 4,096 in bf16
+    assert one.teacher_targets == (6 * 3 + 2) * 65536 * 4096 * 2
+    # An input a layer, and one working set: 4 h + 2 queries + 2 (keys + values) + 3 feed-forward widths
+    assert one.activations == 65536 * 2 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert one.loss_logits == 1024 * 128256 * 8
+    assert one.total == sum(vars(one).values())
+
+
+def test_memory_by_layout(memory: Callable[..., Memory]) -> None:
+    one = memory()
+    fp32 = memory("precision.params=fp32")
+    assert fp32.parameters == 2 * one.parameters
+    assert fp32.optimizer == one.optimizer / 12 * 8
+    data = memory(world_size=2)
+    assert (data.parameters, data.optimizer) == (one.parameters, one.optimizer / 2)
+    assert data.teacher_targets == one.teacher_targets / 2
+    tensor = memory("parallel={tensor: 2, sequence: true}", world_size=2)
+    for name, value in vars(one).items():
+        assert getattr(tensor, name) == value / 2, name
+    context = memory("parallel.context=2", world_size=2)
+    assert context.optimizer == one.optimizer / 2
+    assert (context.activations, context.teacher_targets) == (one.activations / 2, one.teacher_targets / 2)
+
+
+def test_memory_of_a_pipeline_counts_the_fullest_stage(memory: Callable[..., Memory]) -> None:
+    one, two = memory(), memory("parallel.pipeline=2", world_size=2)
+    # Half of the layers, and of embedding and head one each
+    assert two.parameters == one.parameters / 2
+    assert two.teacher > one.teacher / 2  # the embedding is not halved
+    # Layers 1 and 9 are on the first stage; 32, for both objectives, on the second.
+    assert two.teacher_targets == max(6 * 2, 6 + 2) * 65536 * 4096 * 2
+    interleaved = memory("parallel={pipeline: 2, virtual_pipeline: 2}", world_size=2)
+    assert two.activations < interleaved.activations  # more micro-batches in flight
+
+
+def test_memory_without_distillation_or_cross_entropy(memory: Callable[..., Memory]) -> None:
+    long_text = memory("objectives.short_to_long=null", "objectives.short_restoration=null")
+    assert (long_text.teacher, long_text.teacher_targets) == (0, 0)
+    assert memory("objectives.long_text=null").loss_logits == 0
+
+
+def test_memory_of_logit_distillation(memory: Callable[..., Memory], architecture: Architecture) -> None:
+    packed = "objectives.packed_distillation={microbatches: 4, sequence_length: 8192, data: short}"
+    alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null", packed)
+    one = memory(*alone)
+    assert math.isclose(one.teacher, 2 * architecture.num_parameters(), rel_tol=1e-5)  # with its head
+    assert one.teacher_targets == 4 * 65536 * 4096 * 2  # the last hidden states alone
+    assert one.loss_logits == 768 * 2**20
+    baseline = memory(*alone, "objectives.packed_distillation.cross_entropy=1")
+    assert (baseline.teacher, baseline.loss_logits) == (0, 1024 * 128256 * 8)
+
+
+def test_memory_without_recompute_is_more(memory: Callable[..., Memory]) -> None:
+    assert memory("training.recompute=none").activations > 5 * memory().activations
+
+
+def test_tied_embeddings_are_counted_once(memory: Callable[..., Memory]) -> None:
+    difference = memory().parameters - memory(tied_embeddings=True).parameters
+    assert difference == pytest.approx(2 * 128256 * 4096, rel=1e-6)
+
+
+def test_stages_of_the_interleaved_schedule(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
+    recipe = load_recipe(write(values), ["parallel={pipeline: 2, virtual_pipeline: 2}"])
+    assert _stages(recipe, replace(architecture, num_layers=8)) == [[1, 2, 5, 6], [3, 4, 7, 8]]
+
+
+def test_memory_is_printed(summarise: Callable[..., str], memory: Callable[..., Memory]) -> None:
+    text, expected = summarise(), memory()
+    assert f"about {expected.total / GIB:.1f} GiB" in text
+    assert f"{expected.optimizer / GIB:.2f} GiB (12 bytes x N / (data x context))" in text
