@@ -1,12 +1,12 @@
 """A user's mistake: one clear message, exit code 2, no traceback."""
 
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """Something the user can mend. Holds every problem found, each a sentence that says what to change."""
+    """Something the user can fix. Holds every problem found, each a sentence that says what to change."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -28,3 +28,14 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def multiples(value: int, of: int) -> str:
+    """The multiples of `of` on both sides of `value`, from `of` on, for a message."""
+    below, above = value // of * of, -(-value // of) * of
+    return listed([below, above] if 0 < below < above else [above])
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Comma-separated, for a message."""
+    return ", ".join(str(value) for value in values)

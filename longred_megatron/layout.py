@@ -1,11 +1,11 @@
 """How one replica of a model is cut over ranks, and in which number formats it is computed."""
 
 from itertools import accumulate
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from longred_megatron.settings import PositiveInt, Settings
+from longred_megatron.settings import PositiveInt, Settings, renamed
 
 
 class Parallel(Settings):
@@ -16,11 +16,16 @@ class Parallel(Settings):
     virtual_pipeline: Annotated[int, Field(ge=2)] | None = Field(
         None, description="model chunks per pipeline stage (interleaved schedule); null: one"
     )
-    layers_per_stage: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
         None, description="layers of each of the pipeline x virtual_pipeline chunks, in order; null: equally many"
     )
     context: PositiveInt = Field(1, description="ranks that share each micro-batch's tokens")
     sequence: bool = Field(False, description="Megatron's sequence parallelism; needs tensor > 1")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, values: Any) -> Any:
+        return renamed(values, "layers_per_stage", "layers_per_chunk")
 
     @property
     def num_chunks(self) -> int:
@@ -30,16 +35,21 @@ class Parallel(Settings):
     def for_depth(self, num_layers: int) -> "Parallel":
         """The same stages for a model of `num_layers` layers, split by its own depth, as evenly as it goes."""
         chunks = self.num_chunks
-        if num_layers == sum(self.layers_per_stage or (0,)) or (not self.layers_per_stage and num_layers % chunks == 0):
+        if num_layers == sum(self.layers_per_chunk or (0,)) or (not self.layers_per_chunk and num_layers % chunks == 0):
             return self
         sizes = tuple((i + 1) * num_layers // chunks - i * num_layers // chunks for i in range(chunks))
-        return self.model_copy(update={"layers_per_stage": sizes})
+        return self.model_copy(update={"layers_per_chunk": sizes})
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """The layer numbers (from 1) of each chunk."""
-        sizes = self.layers_per_stage or (num_layers // self.num_chunks,) * self.num_chunks
+        sizes = self.layers_per_chunk or (num_layers // self.num_chunks,) * self.num_chunks
         ends = list(accumulate(sizes))
         return [range(end - size + 1, end + 1) for size, end in zip(sizes, ends, strict=True)]
+
+    def layer_stages(self, num_layers: int) -> dict[int, int]:
+        """{layer number: the pipeline stage it lies on, from 0}."""
+        chunks = enumerate(self.chunk_layers(num_layers))
+        return {layer: chunk % self.pipeline for chunk, layers in chunks for layer in layers}
 
 
 class Precision(Settings):

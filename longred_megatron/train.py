@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longred_megatron.errors import UserError, run_cli
-from longred_megatron.recipe import (
-    Architecture,
-    Phase,
-    Recipe,
-    check_phases,
-    load_recipe,
-    phases_summary,
-    read_architecture,
-    read_phases,
-)
+from longred_megatron.recipe import Phase, Recipe, check_phases, load_recipe, phases_summary, read_phases
 
 if TYPE_CHECKING:
     from longred_megatron.training.microbatches import MicroBatchSource
@@ -58,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rehearse(load_recipe(options.recipe, options.overrides))
         return
     try:
-        recipe, source, phases, data = _check(options.recipe, options.overrides, is_main)
+        recipe, phases, data = _check(options.recipe, options.overrides, is_main)
     except UserError:
         if is_main:
             raise
@@ -71,20 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     patience = timedelta(minutes=max(30, 2 * recipe.training.hang_minutes))
     groups = initialize(recipe.parallel, recipe.training.seed, patience)
     try:
-        train(recipe, source, phases, data, groups)
+        train(recipe, phases, data, groups)
     finally:
         destroy()
 
 
-def _check(
-    path: Path, overrides: Sequence[str], is_main: bool
-) -> tuple[Recipe, Architecture, list[Phase], list["MicroBatchSource"]]:
+def _check(path: Path, overrides: Sequence[str], is_main: bool) -> tuple[Recipe, list[Phase], list["MicroBatchSource"]]:
     """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
     recipe = load_recipe(path, overrides)
-    source = read_architecture(recipe.model.hf)
     phases = read_phases(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = check_phases(phases, source, world_size)
+    problems = check_phases(phases, world_size)
     if problems:
         raise UserError(*problems)
 
@@ -92,25 +80,26 @@ def _check(
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)
-    data = open_data(phase.recipe for phase in phases)
+    data = open_data(phases)
     if is_main:
-        _check_models(recipe, source, phases)
-        print(phases_summary(phases, source, world_size))
+        _check_models(recipe, phases)
+        print(phases_summary(phases, world_size))
         padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
         for prefix, share in padding.items():
             print(f"packed {prefix}: {share:.2%} of its windows is padding")
         sys.stdout.flush()
-    return recipe, source, phases, data
+    return recipe, phases, data
 
 
-def _check_models(recipe: Recipe, source: Architecture, phases: Sequence[Phase]) -> None:
+def _check_models(recipe: Recipe, phases: Sequence[Phase]) -> None:
     """Student and teachers against their weight files, each other's tokenizer and the data, before the first phase."""
     from longred_megatron.checkpoint.weight_files import WeightFiles
     from longred_megatron.data.sequences import check_tokens
     from longred_megatron.data.tokenizer import check_same_tokenizer
 
-    teachers = {phase.recipe.teacher.hf: phase.teacher for phase in phases if phase.teacher}
-    models = {recipe.model.hf: source, **teachers}
+    models = {recipe.model.hf: phases[0].source}
+    for phase in phases:
+        models |= phase.teachers
     for hf, architecture in models.items():
         with WeightFiles(hf) as files:
             files.check(architecture)

@@ -16,9 +16,10 @@ from longred_megatron.checkpoint.huggingface import check_free, export, load_wei
 from longred_megatron.checkpoint.verification import Verification, verify
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.errors import UserError
+from longred_megatron.families import Architecture, read_architecture
+from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import Stage, build_stages
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.recipe import Architecture, Parallel, Precision, read_architecture
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
 RECIPE = "recipe.yaml"

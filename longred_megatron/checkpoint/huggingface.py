@@ -26,8 +26,8 @@ from longred_megatron.checkpoint.hf_config import (
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Rule, stage_rules
 from longred_megatron.errors import UserError
+from longred_megatron.families import Architecture
 from longred_megatron.model.stage import Stage
-from longred_megatron.recipe import Architecture
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
 Shard = tuple[str, dict[str, int]]  # file name, {tensor name: bytes}

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from longred_megatron.checkpoint.huggingface import full_tensors
 from longred_megatron.checkpoint.weight_files import WeightFiles
+from longred_megatron.families import Architecture
 from longred_megatron.model.stage import Stage
-from longred_megatron.recipe import Architecture
 
 _BITS = {2: torch.int16, 4: torch.int32}
 

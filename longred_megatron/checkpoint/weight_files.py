@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, tensor_shapes
 from longred_megatron.errors import UserError
-from longred_megatron.recipe import Architecture
+from longred_megatron.families import Architecture
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

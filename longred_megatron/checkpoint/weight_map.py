@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from longred_megatron.families import Architecture
 from longred_megatron.model.stage import Stage
-from longred_megatron.recipe import Architecture
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

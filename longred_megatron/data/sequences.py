@@ -12,14 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.typing import NDArray
 
 from longred_megatron.data.interleaving import Interleaving
 from longred_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 # Two epochs of a set are kept: a micro-batch may lie across the border of two.
 EPOCHS_KEPT = 2
@@ -30,7 +32,7 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_HEADER = struct.Struct("<9xQBQQ")
 
 
-def open_indexed(prefix: str) -> IndexedDataset:
+def open_indexed(prefix: str) -> "IndexedDataset":
     """Opens PREFIX.idx and PREFIX.bin as memory maps.
 
     Raises: `UserError` if one is missing, damaged or cut short.
@@ -51,6 +53,8 @@ def open_indexed(prefix: str) -> IndexedDataset:
     _check_size(prefix, ".idx", INDEX_HEADER.size + 12 * num_sequences + 8 * num_borders)
     if Path(f"{prefix}.bin").stat().st_size == 0:
         raise _damaged(prefix, f"{prefix}.bin is empty")
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # slow to import, and only data need it
+
     dataset = IndexedDataset(prefix)
     _check_size(prefix, ".bin", _num_tokens(dataset) * np.dtype(dataset.index.dtype).itemsize)
     return dataset
@@ -96,11 +100,11 @@ def check_tokens(prefix: str, vocab_size: int) -> None:
         )
 
 
-def _num_tokens(dataset: IndexedDataset) -> int:
+def _num_tokens(dataset: "IndexedDataset") -> int:
     return int(dataset.sequence_lengths.sum(dtype=np.int64))
 
 
-def _largest_token(dataset: IndexedDataset) -> int:
+def _largest_token(dataset: "IndexedDataset") -> int:
     num_tokens = _num_tokens(dataset)
     blocks = (
         dataset.get(0, offset=start, length=min(SCAN_BLOCK_TOKENS, num_tokens - start))
@@ -171,6 +175,18 @@ class IndexedSequences:
         start = int(epoch.pieces[place]) * self.sequence_length
         return self._read(epoch, start, start + self.sequence_length + 1)
 
+    def document_lengths(self, sample: int) -> tuple[int, ...]:
+        """How many of the sequence_length + 1 tokens of a sample each of its documents has, in their order."""
+        number, place = divmod(sample, self.pieces_per_epoch)
+        epoch = self._epoch(number)
+        start = int(epoch.pieces[place]) * self.sequence_length
+        stop = start + self.sequence_length + 1
+        inside = epoch.ends[(epoch.ends > start) & (epoch.ends < stop)]
+        return tuple(np.diff(np.concatenate([[start], inside, [stop]])).tolist())
+
+    def padding_fraction(self) -> None:
+        """There is no padding to speak of."""
+
     def _draw_epoch(self, number: int) -> _Epoch:
         bits = np.random.PCG64(np.random.SeedSequence([*self._seed, number]))
         documents = permutation(bits, len(self._documents.lengths))
@@ -191,6 +207,20 @@ class IndexedSequences:
         return tokens
 
 
+class DocumentSequences:
+    """As `IndexedSequences`, with the lengths of the documents: samples are (tokens, lengths), of s + 1 tokens each."""
+
+    def __init__(self, prefix: str, sequence_length: int, seed: tuple[int, ...]) -> None:
+        self.prefix = prefix
+        self._sequences = IndexedSequences(prefix, sequence_length, seed)
+
+    def __getitem__(self, sample: int) -> tuple[NDArray[np.int64], tuple[int, ...]]:
+        return self._sequences[sample], self._sequences.document_lengths(sample)
+
+    def padding_fraction(self) -> None:
+        """There is no padding to speak of."""
+
+
 def permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
     """0 ... size - 1 in an order drawn from `bits`, the same with every version of numpy."""
     # numpy promises the raw bits of PCG64 for all versions, but not `Generator.permutation`: a resumed run
@@ -199,33 +229,36 @@ def permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
 
 
 class Series[Sample](Protocol):
-    """An endless series of samples."""
+    """An endless series of samples of the data set `prefix`."""
+
+    prefix: str
 
     def __getitem__(self, sample: int) -> Sample: ...
+
+    def padding_fraction(self) -> float | None:
+        """Padding's share of its tokens, estimated; None: there is none by design."""
 
 
 class SequenceSource[Sample]:
     """Sequences from a weighted blend of indexed token files.
 
-    Sample `index` (0, 1, ..., without end) is a pure function of (blend, sequence_length, seed, index): of no
-    step count, batch size, replica count or cache. `Interleaving` says which set it comes from, `sequences` which
-    tokens.
+    Sample `index` (0, 1, ..., without end) is a pure function of (series, blend, sequence_length, seed, index): of no
+    step count, batch size, replica count or cache. `Interleaving` says which set it comes from, `series` which tokens.
 
     Args:
-        sequences: makes the series of one set from (prefix, sequence_length, seed): `IndexedSequences` or
-            `packing.PackedSequences`.
+        series: makes the series of one set from (prefix, sequence_length, seed): `IndexedSequences` and the like.
         blend: prefix of the files of each set -> its share of the samples, in any unit.
         sequence_length: in tokens.
         seed: a non-negative integer. A set's own order is keyed by it and by the set's place in the blend, so
             files may be moved.
 
-    Raises: `UserError` for an empty blend, weights that are not positive numbers, and for what
-    `sequences` raises; all in one.
+    Raises: `UserError` for an empty blend, weights that are not positive numbers, and for what `series` raises; all in
+    one.
     """
 
     def __init__(
         self,
-        sequences: Callable[[str, int, tuple[int, ...]], Series[Sample]],
+        series: Callable[[str, int, tuple[int, ...]], Series[Sample]],
         blend: Mapping[str, float],
         sequence_length: int,
         seed: int,
@@ -240,7 +273,7 @@ class SequenceSource[Sample]:
         self.sets: list[Series[Sample]] = []
         for place, prefix in enumerate(blend):
             try:
-                self.sets.append(sequences(prefix, sequence_length, (seed, place)))
+                self.sets.append(series(prefix, sequence_length, (seed, place)))
             except UserError as error:
                 problems += error.problems
         if problems:

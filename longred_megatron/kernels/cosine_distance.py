@@ -1,4 +1,4 @@
-"""Restoration loss: the student's hidden states keep the direction of the teacher's, layer by layer."""
+"""Cosine distance: hidden states keep the direction of a teacher's, whatever their length."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ CHUNK_BYTES = 64 * 2**20
 NORM_EPSILON = 1e-8
 
 
-def restoration_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over tokens of 1 - cos(student, teacher), a scalar in fp32 (fp64 for fp64 inputs).
 
     student, teacher: hidden states of one layer, [tokens, 1, hidden] (any shape that ends in hidden). The
@@ -31,10 +31,10 @@ def restoration_loss(student: Tensor, teacher: Tensor) -> Tensor:
             f"student {list(student.shape)} and teacher {list(teacher.shape)} hidden states differ in shape; "
             "layer-wise restoration needs equal widths and the same tokens"
         )
-    return _Restoration.apply(student, teacher)
+    return _CosineDistance.apply(student, teacher)
 
 
-class _Restoration(torch.autograd.Function):
+class _CosineDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
         ctx.save_for_backward(student, teacher)

@@ -6,6 +6,13 @@ from torch import Tensor
 
 from longred_megatron.kernels.linear_loss import NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
 
+CHUNK_TOKENS = 1024
+
+
+def working_bytes(num_tokens: float, local_entries: float) -> float:
+    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: fp32 logits and their gradient."""
+    return min(CHUNK_TOKENS, num_tokens) * local_entries * 8
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -14,7 +21,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = CHUNK_TOKENS,
 ) -> Tensor:
     """Sum over tokens with a label of -log softmax(hidden @ weight.T)[label], a scalar in fp32 (or fp64).
 

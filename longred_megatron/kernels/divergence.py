@@ -21,6 +21,11 @@ CHUNK_BYTES = 256 * 2**20
 NO_PROBABILITY = -1e30
 
 
+def working_bytes(num_tokens: float, local_entries: float) -> float:
+    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: three fp32 tensors."""
+    return 3 * min(CHUNK_BYTES, 4 * num_tokens * local_entries)
+
+
 def linear_distillation(
     hidden: Tensor,
     weight: Tensor,

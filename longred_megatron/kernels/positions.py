@@ -1,4 +1,4 @@
-"""Position ids of a micro-batch: natural ones, and the skipped ones that `short_to_long` trains on.
+"""Position ids of a micro-batch: natural ones, skipped ones over a longer window, and perturbed ones.
 
 A text of T tokens gets T ids out of a target window of L > T: the head keeps the first ids, the tail gets
 the last ids of the window, and the middle is one contiguous run that is shifted to end at a random id. The
@@ -7,6 +7,9 @@ model thus sees relative distances up to L - 1 on a text of T tokens.
 Source: LongReD (arXiv 2502.07365) and its released code for the numbers; CREAM (arXiv 2406.07138) for the
 truncated Gaussian of the middle.
 """
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Generator, Tensor
@@ -38,6 +41,11 @@ def draw(kind: str, num_sequences: int, sequence_length: int, target_window: int
 def natural(num_sequences: int, sequence_length: int) -> Tensor:
     """0, 1, ..., sequence_length - 1 for each sequence: [num_sequences, sequence_length], int64."""
     return torch.arange(sequence_length).repeat(num_sequences, 1)
+
+
+def ends(lengths: Sequence[int]) -> list[int]:
+    """The place of each document's last token in a sequence of documents of `lengths` tokens."""
+    return [end - 1 for end in accumulate(lengths)]
 
 
 def uniform(num_sequences: int, sequence_length: int, target_window: int, generator: Generator) -> Tensor:
@@ -75,6 +83,35 @@ def cream(num_sequences: int, sequence_length: int, target_window: int, generato
     first = edge + (chunk - 1) * r // 2
     last = sequence_length * r // 2 - edge - 1
     return _assemble(_draw_between(first, last, generator), edge, sequence_length, target_window)
+
+
+def skip(num_sequences: int, sequence_length: int, longest_skip: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Natural ids i for i < s, i + y from s on; s ~ U[0, T - 1] and y ~ U[1, longest_skip], drawn for each sequence.
+
+    T = sequence_length. Source: RoPE-Perturbed Self-Distillation (arXiv 2604.14339), where longest_skip is T.
+
+    Returns:
+        Ids [num_sequences, T] (int64) in [0, T + longest_skip - 1], and s [num_sequences]: tokens before s have their
+        natural ids.
+    """
+    start = torch.randint(sequence_length, (num_sequences,), generator=generator)
+    distance = torch.randint(1, longest_skip + 1, (num_sequences,), generator=generator)
+    ids = natural(num_sequences, sequence_length)
+    return ids + distance[:, None] * (ids >= start[:, None]), start
+
+
+def cyclic(num_sequences: int, sequence_length: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Ids (i + u) mod T; u ~ U[1, T - 1], drawn for each sequence; T = sequence_length of at least 2.
+
+    Source: RoPE-Perturbed Self-Distillation (arXiv 2604.14339), its cyclic variant.
+
+    Returns:
+        Ids [num_sequences, T] (int64) in [0, T - 1], and the place s = T - u [num_sequences] of id 0: tokens before it
+        see all tokens before them at their natural distances.
+    """
+    shift = torch.randint(1, sequence_length, (num_sequences,), generator=generator)
+    ids = natural(num_sequences, sequence_length)
+    return (ids + shift[:, None]) % sequence_length, sequence_length - shift
 
 
 def draw_stretch(num_sequences: int, factor: int, generator: Generator) -> Tensor:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from longred_megatron.recipe import Architecture, Parallel, Precision
+from longred_megatron.families import Architecture
+from longred_megatron.layout import Parallel, Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -65,8 +66,8 @@ def transformer_config(
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
         settings |= {"recompute_granularity": "selective"}
-    if parallel.layers_per_stage:
-        chunks = [["decoder"] * size for size in parallel.layers_per_stage]
+    if parallel.layers_per_chunk:
+        chunks = [["decoder"] * size for size in parallel.layers_per_chunk]
         chunks[0].insert(0, "embedding")
         chunks[-1].append("loss")
         settings["pipeline_model_parallel_layout"] = chunks

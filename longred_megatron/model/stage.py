@@ -9,11 +9,14 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from longred_megatron.families import Architecture
+from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
-from longred_megatron.recipe import Architecture, Parallel, Precision
+from longred_megatron.model.taps import attention_values
+from longred_megatron.objectives.base import Tap
 from longred_megatron.rope.scaling import inverse_frequencies
 
 
@@ -28,6 +31,7 @@ class Stage(GPTModel):
         architecture: Architecture,
         config: TransformerConfig,
         frequencies: Tensor,
+        attention_factor: float,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
         vocab_rows: int,
@@ -51,6 +55,7 @@ class Stage(GPTModel):
         self.local_vocab_rows = vocab_rows // config.tensor_model_parallel_size
         # Not a buffer: conversion of the module to bf16 must not touch it.
         self.frequencies = frequencies
+        self.attention_factor = attention_factor
 
     def layer_numbers(self) -> range:
         """The layers on this stage, numbered as in Hugging Face `hidden_states` (the first layer's output is 1)."""
@@ -61,35 +66,54 @@ class Stage(GPTModel):
         self,
         tokens: Tensor,
         positions: Tensor,
-        layers: Collection[int] = (),
+        taps: Collection[Tap] = (),
         whole_sequences: bool = False,
         documents: Documents | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> tuple[Tensor, dict[Tap, Tensor]]:
         """Args:
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
-            layers: layer numbers whose outputs are wanted; those of other stages are ignored.
+            taps: what is wanted beside the output; those of layers that lie elsewhere are ignored.
             whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
             documents: lengths of each sequence's documents, where a token sees only its own; needs whole sequences.
 
         Returns:
-            The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
-            and {layer: hidden states}. The last layer's are taken after the final norm, as in Hugging Face.
+            The chunk's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism) and
+            {tap: value}, see `objectives.base.Activations`. The last layer's hidden state is taken after the final
+            norm, as in Hugging Face.
         """
-        wanted = [k for k in sorted(layers) if k in self.layer_numbers()]
-        inner = [k for k in wanted if k < self.architecture.num_layers]
-        hidden = self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None
+        first_input = self._embed(tokens) if self.pre_process else self.decoder.input_tensor
+        rotary, layout = rotary_table(positions, self.frequencies), self._layout(tokens, whole_sequences, documents)
+        numbers, last = self.layer_numbers(), self.architecture.num_layers
+        wanted = [tap for tap in sorted(taps) if tap.layer in numbers]
+        # A layer's other values are computed from its input, the output of the layer before.
+        outputs = {tap.layer if tap.what == "hidden" else tap.layer - 1 for tap in wanted}
+        inner = sorted(outputs & set(numbers) - {last})
         output = self.decoder(
-            hidden,
+            first_input if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(positions, self.frequencies),
-            packed_seq_params=self._layout(tokens, whole_sequences, documents),
+            rotary_pos_emb=rotary,
+            packed_seq_params=layout,
             extract_layer_indices={k - 1 for k in inner},
         )
         output, extracted = output if inner else (output, [])
-        states = dict(zip(inner, extracted, strict=True))
-        if self.architecture.num_layers in wanted:
-            states[self.architecture.num_layers] = output
-        return output, states
+        states = dict(zip(inner, extracted, strict=True)) | {last: output}
+        values = {tap: states[tap.layer] for tap in wanted if tap.what == "hidden"}
+        for layer in self.decoder.layers:
+            inside = [tap for tap in wanted if tap.layer == layer.layer_number and tap.what != "hidden"]
+            if inside:
+                hidden = states.get(layer.layer_number - 1, first_input)
+                found = attention_values(
+                    layer, hidden, [tap.what for tap in inside], rotary, self.attention_factor, layout
+                )
+                values |= {tap: found[tap.what] for tap in inside}
+        return output, values
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens.reshape(1, -1), position_ids=None)
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # Of a frozen embedding: recomputed layers get gradients only behind an input that asks for one.
+            hidden.requires_grad_()
+        return hidden
 
     def _layout(self, tokens: Tensor, whole_sequences: bool, documents: Documents | None) -> SequenceLayout:
         num_sequences, device, context = tokens.shape[0], tokens.device, self.pg_collection.cp
@@ -139,4 +163,4 @@ def build_stages(
     frequencies = frequencies.to(torch.cuda.current_device())
     chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     rows = vocab_rows or padded_vocab_size(architecture, parallel.tensor)
-    return [Stage(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]
+    return [Stage(architecture, config, frequencies, attention_factor, groups, chunk, rows) for chunk in chunks]

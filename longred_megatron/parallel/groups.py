@@ -7,8 +7,8 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
-from longred_megatron.recipe import Parallel
 
 
 def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30)) -> ProcessGroupCollection:

@@ -1,51 +1,53 @@
-"""What only the whole picture shows: recipe against architecture, teacher, data sets and world size."""
+"""What only the whole picture shows: recipe against architecture, teachers, data sets and world size."""
 
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from longred_megatron.families.architecture import Architecture
+from longred_megatron.errors import listed, multiples
+from longred_megatron.families import Architecture
+from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.problems import nearest
-from longred_megatron.recipe.schema import PackedDistillation, Recipe, ShortRestoration, ShortToLong
+from longred_megatron.recipe.schema import Recipe
 from longred_megatron.rope.methods import AbfRope, PiRope, UnchangedRope, YarnRope
 
-MIN_SKIPPED_TOKENS = 3  # one id each for the head, the middle and the tail of skipped positions
 
+def check_phases(phases: Sequence[Phase], world_size: int, *, gpu: bool | None = None) -> list[str]:
+    """Every problem as a sentence: key, value, rule, nearest valid values. Empty: the run can be started.
 
-def check_recipe(
-    recipe: Recipe,
-    architecture: Architecture,
-    teacher: Architecture | None,
-    world_size: int,
-    *,
-    gpu: bool | None = None,
-    phases: Sequence[Recipe] = (),
-) -> list[str]:
-    """Every problem as a sentence: key, value, rule, nearest valid values. Empty: the recipe can run.
+    Those that all phases share come once, the others after their phase's path.
 
     Args:
-        architecture: of model.hf, as released (with its own window and RoPE).
-        teacher: of teacher.hf; None where that is model.hf.
         world_size: ranks of the run.
         gpu: whether the run will have GPUs; None: whether this machine has one.
-        phases: of the run that `recipe` is a phase of; what another one uses is not useless.
     """
-    teacher = teacher or architecture
-    return [
-        *_window_problems(recipe, architecture),
-        *_rope_problems(recipe, architecture),
-        *_length_problems(recipe, teacher),
-        *_layer_problems(recipe, architecture),
-        *_teacher_problems(recipe, architecture, teacher, phases),
-        *_packed_problems(recipe, architecture),
-        *_data_problems(recipe, phases),
-        *_model_cut_problems(recipe, "model.hf", architecture),
-        *(_model_cut_problems(recipe, "teacher.hf", teacher) if _has_other_teacher(recipe) else ()),
+    found = [check_phase(phase, world_size, gpu=gpu, phases=phases) for phase in phases]
+    shared = [problem for problem in found[0] if all(problem in own for own in found)]
+    return shared + [f"phases[{i}]: {p}" for i, own in enumerate(found) for p in own if p not in shared]
+
+
+def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phases: Sequence[Phase] = ()) -> list[str]:
+    """The problems of one phase. phases: all of the run; what another one uses is not useless."""
+    recipe, source = phase.recipe, phase.source
+    found = [
+        *_window_problems(recipe, source),
+        *_rope_problems(recipe, source),
+        *(p for n, o in recipe.objectives.items() for p in o.problems(f"objectives.{n}", phase.sites[n])),
+        *_teacher_problems(phase, phases),
+        *_data_problems(recipe, [each.recipe for each in phases]),
+        *_model_cut_problems(recipe, "model.hf", source),
+        *(
+            p
+            for hf, each in phase.teachers.items()
+            for p in _teacher_cut_problems(recipe, f"teacher {hf}", each)
+            if hf != recipe.model.hf
+        ),
         *_token_cut_problems(recipe),
         *_world_problems(recipe, world_size),
         *_optimizer_problems(recipe),
         *_precision_problems(recipe, gpu),
     ]
+    return list(dict.fromkeys(found))  # objectives of one length say the same of the step
 
 
 def rope_extension(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
@@ -64,11 +66,6 @@ def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
         yield (
             f"`model.max_position_embeddings` is {target}: shorter than the {original} tokens model.hf "
             f"already has; set it to {original} or more"
-        )
-    if recipe.objectives.short_to_long is not None and target == original:
-        yield (
-            f"`objectives.short_to_long` has no effect: `model.max_position_embeddings` is {target}, which "
-            "model.hf already has, so no position can be skipped; raise the window or remove the objective"
         )
 
 
@@ -112,110 +109,24 @@ def _interpolation_problems(recipe: Recipe, rope: PiRope | YarnRope, architectur
         )
 
 
-def _length_problems(recipe: Recipe, teacher: Architecture) -> Iterator[str]:
-    target, tokens = recipe.model.max_position_embeddings, recipe.step.tokens_per_microbatch
-    for name, settings in recipe.objectives.items():
-        path, length = f"`objectives.{name}.sequence_length`", settings.sequence_length
-        if length > target:
-            yield (
-                f"{path} is {length}: longer than the target window, `model.max_position_embeddings` "
-                f"{target}; use {target} or less, or raise the window"
-            )
-        elif settings.needs_teacher and length > teacher.max_position_embeddings:
-            yield (
-                f"{path} is {length}: longer than the teacher's window of {teacher.max_position_embeddings} "
-                f"tokens, past which it is no guide; use {teacher.max_position_embeddings} or less"
-            )
-        if tokens % length:
-            yield (
-                f"`step.tokens_per_microbatch` is {tokens}: must be a multiple of {path} {length}; "
-                f"nearest: {_multiples(tokens, length)}"
-            )
-        skips = isinstance(settings, ShortToLong) and settings.positions != "natural"
-        if skips and length < MIN_SKIPPED_TOKENS:
-            yield f"{path} is {length}: skipped positions need at least {MIN_SKIPPED_TOKENS}"
-
-
-def _layer_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    if recipe.objectives.short_restoration is None:
+def _teacher_problems(phase: Phase, phases: Sequence[Phase]) -> Iterator[str]:
+    hf = phase.recipe.teacher.hf
+    if hf == phase.recipe.model.hf:
         return
-    path, layers = "`objectives.short_restoration.layers`", recipe.objectives.short_restoration.layers
-    outside = [layer for layer in layers if not 1 <= layer <= architecture.num_layers]
-    if outside:
-        yield f"{path} holds {_listed(outside)}: the layers of model.hf are 1 to {architecture.num_layers}"
-    if list(layers) != sorted(set(layers)):
-        what = "names a layer twice" if len(set(layers)) < len(layers) else "is not in ascending order"
-        in_order = sorted(set(layers) - set(outside))
-        yield f"{path} is {list(layers)}: {what}; write {in_order}"
-
-
-def _teacher_problems(
-    recipe: Recipe, architecture: Architecture, teacher: Architecture, phases: Sequence[Recipe]
-) -> Iterator[str]:
-    if not _has_other_teacher(recipe):
-        return
-    if not recipe.needs_teacher:
-        if any(phase.needs_teacher and phase.teacher == recipe.teacher for phase in phases):
-            return
+    if not any(each.recipe.teacher.hf == hf and hf in each.teachers for each in (phase, *phases)):
         yield (
-            f"`teacher.hf` is {recipe.teacher.hf}: has no effect, since no objective compares with a "
-            "teacher; remove it, or add short_restoration, short_to_long or packed_distillation"
-        )
-        return
-    kinds = (ShortRestoration, ShortToLong)
-    restoring = [name for name, settings in recipe.objectives.items() if isinstance(settings, kinds)]
-    if not restoring:
-        return
-    same = [("hidden_size", "hidden states"), ("vocab_size", "token ids")]
-    if recipe.objectives.short_restoration is not None:
-        same.append(("num_layers", "layers"))
-    for attribute, compared in same:
-        ours, theirs = getattr(architecture, attribute), getattr(teacher, attribute)
-        if ours != theirs:
-            yield (
-                f"`teacher.hf` is {recipe.teacher.hf} with {attribute} {theirs}: must be the {ours} of "
-                f"model.hf, since {_listed(restoring)} compare {compared} one to one; choose a teacher of "
-                "that size"
-            )
-
-
-def _packed_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    packed = recipe.objectives.packed_distillation
-    if packed is None:
-        return
-    path = "`objectives.packed_distillation"
-    if packed.top_k is not None and packed.top_k >= architecture.vocab_size:
-        yield (
-            f"{path}.top_k` is {packed.top_k}: has no effect, model.hf has {architecture.vocab_size} tokens; leave it "
-            "out, or use less"
-        )
-    if not packed.needs_teacher:
-        for key in ("direction", "temperature", "top_k"):
-            value, default = getattr(packed, key), PackedDistillation.model_fields[key].default
-            if value != default:
-                yield (
-                    f"{path}.{key}` is {value}: has no effect, since cross_entropy is 1 and no teacher is compared "
-                    "with; leave it out, or lower cross_entropy"
-                )
-    if packed.mask_documents and recipe.parallel.context > 1 and packed.context_parallel != 1:
-        yield (
-            f"{path}.mask_documents` is true and `parallel.context` {recipe.parallel.context}: documents that see only "
-            "themselves need whole sequences on each rank; set context_parallel: 1, or mask_documents: false"
-        )
-    if packed.mask_documents and recipe.precision.fp8_attention:
-        yield (
-            f"{path}.mask_documents` is true: Transformer Engine's FP8 attention does not train on packed documents; "
-            "set `precision.fp8_attention` to false, or mask_documents to false"
+            f"`teacher.hf` is {hf}: has no effect, since no objective compares with it; remove it, or add an objective "
+            "that does"
         )
 
 
 def _data_problems(recipe: Recipe, phases: Sequence[Recipe]) -> Iterator[str]:
-    used = {settings.data for phase in phases for _, settings in phase.objectives.items()}
+    used = {settings.data for phase in phases for settings in phase.objectives.values()}
     for name, settings in recipe.objectives.items():
         used.add(settings.data)
         if settings.data not in recipe.data:
             hint = nearest(settings.data, recipe.data)
-            advice = f"did you mean {hint!r}?" if hint else f"`data` has {_listed(recipe.data) or 'none'}"
+            advice = f"did you mean {hint!r}?" if hint else f"`data` has {listed(recipe.data) or 'none'}"
             yield f"`objectives.{name}.data` is {settings.data!r}: no such data set; {advice}"
     for name in recipe.data:
         if name not in used:
@@ -227,6 +138,41 @@ def _data_problems(recipe: Recipe, phases: Sequence[Recipe]) -> Iterator[str]:
 def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) -> Iterator[str]:
     """Whether tensor and pipeline parallelism can cut this architecture."""
     parallel = recipe.parallel
+    yield from _tensor_cut_problems(recipe, whose, architecture)
+    chunks = parallel.num_chunks
+    if parallel.layers_per_chunk is not None:
+        sizes = list(parallel.layers_per_chunk)
+        if chunks == 1:
+            yield f"`parallel.layers_per_chunk` is {sizes}: has no effect at `parallel.pipeline` 1; set it to null"
+        elif len(sizes) != chunks or sum(sizes) != architecture.num_layers:
+            yield (
+                f"`parallel.layers_per_chunk` is {sizes}: must be {chunks} numbers, one for each of pipeline x "
+                f"virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline or 1} chunks, that add up to the "
+                f"{architecture.num_layers} layers of {whose}{_even_split(architecture.num_layers, chunks)}"
+            )
+    elif architecture.num_layers % chunks:
+        yield (
+            f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
+            f"{parallel.virtual_pipeline or 1} = {chunks}: must divide the {architecture.num_layers} layers "
+            f"of {whose}; nearest products: {_divisors(architecture.num_layers, chunks)}, "
+            f"or set `parallel.layers_per_chunk`{_even_split(architecture.num_layers, chunks)}"
+        )
+
+
+def _teacher_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) -> Iterator[str]:
+    """The same for a teacher, which is split by its own depth."""
+    parallel = recipe.parallel
+    yield from _tensor_cut_problems(recipe, whose, architecture)
+    if architecture.num_layers < parallel.num_chunks:
+        yield (
+            f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
+            f"{parallel.virtual_pipeline or 1} = {parallel.num_chunks}: more than the {architecture.num_layers} layers "
+            f"of {whose}; use {architecture.num_layers} or less"
+        )
+
+
+def _tensor_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) -> Iterator[str]:
+    parallel = recipe.parallel
     heads, kv_heads = architecture.num_attention_heads, architecture.num_kv_heads
     cut = math.gcd(heads, kv_heads, architecture.intermediate_size)
     if cut % parallel.tensor:
@@ -235,35 +181,10 @@ def _model_cut_problems(recipe: Recipe, whose: str, architecture: Architecture) 
             f"key/value heads and {architecture.intermediate_size} feed-forward units of {whose}; "
             f"nearest: {_divisors(cut, parallel.tensor)}"
         )
-    chunks = parallel.num_chunks
-    if parallel.layers_per_stage is not None and whose == "model.hf":
-        sizes = list(parallel.layers_per_stage)
-        if chunks == 1:
-            yield f"`parallel.layers_per_stage` is {sizes}: has no effect at `parallel.pipeline` 1; set it to null"
-        elif len(sizes) != chunks or sum(sizes) != architecture.num_layers:
-            yield (
-                f"`parallel.layers_per_stage` is {sizes}: must be {chunks} numbers, one for each of pipeline x "
-                f"virtual_pipeline = {parallel.pipeline} x {parallel.virtual_pipeline or 1} chunks, that add up to the "
-                f"{architecture.num_layers} layers of {whose}{_even_split(architecture.num_layers, chunks)}"
-            )
-    elif whose == "teacher.hf":  # split by its own depth
-        if architecture.num_layers < chunks:
-            yield (
-                f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
-                f"{parallel.virtual_pipeline or 1} = {chunks}: more than the {architecture.num_layers} layers of "
-                f"{whose}; use {architecture.num_layers} or less"
-            )
-    elif architecture.num_layers % chunks:
-        yield (
-            f"`parallel.pipeline` x `parallel.virtual_pipeline` is {parallel.pipeline} x "
-            f"{parallel.virtual_pipeline or 1} = {chunks}: must divide the {architecture.num_layers} layers "
-            f"of {whose}; nearest products: {_divisors(architecture.num_layers, chunks)}, "
-            f"or set `parallel.layers_per_stage`{_even_split(architecture.num_layers, chunks)}"
-        )
 
 
 def _token_cut_problems(recipe: Recipe) -> Iterator[str]:
-    """Whether context and sequence parallelism can cut the micro-batches."""
+    """Whether sequence parallelism can cut the micro-batches; context parallelism: each objective says it."""
     context, tensor = recipe.parallel.context, recipe.parallel.tensor
     tokens = recipe.step.tokens_per_microbatch
     if recipe.parallel.sequence and tensor == 1:
@@ -271,28 +192,8 @@ def _token_cut_problems(recipe: Recipe) -> Iterator[str]:
     elif recipe.parallel.sequence and tokens % (context * tensor):
         yield (
             f"`step.tokens_per_microbatch` is {tokens}: must be a multiple of context x tensor = {context} "
-            f"x {tensor} with sequence parallelism; nearest: {_multiples(tokens, context * tensor)}"
+            f"x {tensor} with sequence parallelism; nearest: {multiples(tokens, context * tensor)}"
         )
-    for name, settings in recipe.objectives.items():
-        path, length = f"`objectives.{name}", settings.sequence_length
-        if settings.context_parallel not in (None, 1, context):
-            allowed = "1" if context == 1 else f"1 or `parallel.context` {context}"
-            yield f"{path}.context_parallel` is {settings.context_parallel}: must be {allowed}"
-        elif context == 1:
-            continue
-        elif settings.context_parallel != 1 and length % (2 * context):
-            yield (
-                f"{path}.sequence_length` is {length}: must be a multiple of 2 x `parallel.context` = "
-                f"{2 * context}, as each rank takes two equal pieces; nearest: "
-                f"{_multiples(length, 2 * context)}, or set context_parallel: 1"
-            )
-        elif settings.context_parallel == 1 and tokens % length == 0 and tokens // length % context:
-            yield (
-                f"{path}.context_parallel` is 1: the {tokens // length} sequences of a micro-batch must be "
-                f"a multiple of `parallel.context` {context}; set `step.tokens_per_microbatch` to a "
-                f"multiple of {length * context} (nearest: {_multiples(tokens, length * context)}) or leave "
-                "context_parallel out"
-            )
 
 
 def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
@@ -308,7 +209,7 @@ def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield (
             f"the world has {world_size} ranks: must be a multiple of tensor x pipeline x context = "
             f"{parallel.tensor} x {parallel.pipeline} x {parallel.context} = {ranks}; "
-            f"start {_multiples(world_size, ranks)} ranks or change `parallel`"
+            f"start {multiples(world_size, ranks)} ranks or change `parallel`"
         )
         return
     replicas, microbatches = world_size // ranks, recipe.num_microbatches
@@ -317,14 +218,14 @@ def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
         yield (
             f"the step has {microbatches} micro-batches ({sizes}): must be a multiple of the {replicas} "
             f"data-parallel replicas ({world_size} ranks / {ranks}); nearest: "
-            f"{_multiples(microbatches, replicas)}"
+            f"{multiples(microbatches, replicas)}"
         )
     elif parallel.virtual_pipeline is not None and microbatches // replicas % parallel.pipeline:
         yield (
             f"each replica has {microbatches // replicas} micro-batches a step ({microbatches} / "
             f"{replicas}): with `parallel.virtual_pipeline` it must be a multiple of `parallel.pipeline` "
             f"{parallel.pipeline}; nearest for the step: "
-            f"{_multiples(microbatches, replicas * parallel.pipeline)}"
+            f"{multiples(microbatches, replicas * parallel.pipeline)}"
         )
 
 
@@ -357,16 +258,6 @@ def _precision_problems(recipe: Recipe, gpu: bool | None) -> Iterator[str]:
             yield f"`precision.fp8` is {precision.fp8!r}: needs a GPU, and there is none; set it to null"
 
 
-def _has_other_teacher(recipe: Recipe) -> bool:
-    return recipe.teacher.hf != recipe.model.hf
-
-
-def _multiples(value: int, of: int) -> str:
-    """The multiples of `of` on both sides of `value`, from `of` on."""
-    below, above = value // of * of, -(-value // of) * of
-    return _listed([below, above] if 0 < below < above else [above])
-
-
 def _even_split(number: int, parts: int) -> str:
     """An example of `parts` positive numbers with the sum `number`; nothing where there is none."""
     sizes = [(i + 1) * number // parts - i * number // parts for i in range(parts)]
@@ -376,8 +267,4 @@ def _even_split(number: int, parts: int) -> str:
 def _divisors(number: int, value: int) -> str:
     """The divisors of `number` on both sides of `value`."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return _listed([*[d for d in divisors if d < value][-1:], *[d for d in divisors if d > value][:1]])
-
-
-def _listed(values: Any) -> str:
-    return ", ".join(str(value) for value in values)
+    return listed([*[d for d in divisors if d < value][-1:], *[d for d in divisors if d > value][:1]])

@@ -9,28 +9,18 @@ import yaml
 
 from longred_megatron.errors import UserError
 from longred_megatron.recipe import problems, recipe_yaml
-from longred_megatron.recipe.schema import Model, Recipe, Training
+from longred_megatron.recipe.schema import Recipe
+from longred_megatron.settings import Mark, convert_marked, marked_keys
 
 # What a phase may change; the rest is the same for a whole run.
-PHASE_KEYS = (
-    "model.rope",
-    "model.max_position_embeddings",
-    "teacher",
-    "step",
-    "objectives",
-    "data",
-    "optimizer",
-    "training.steps",
-    "training.recompute",
-)
-PATH_KEYS = (("model", "hf"), ("teacher", "hf"), ("run", "dir"), ("debug", "dump_microbatches"))
+PHASE_KEYS = tuple(marked_keys(Recipe, Mark.PHASE))
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """Reads the recipe at `path`, its bases, and `overrides` such as "training.steps=100".
 
-    A child is merged over its `base` key by key. Replaced whole are lists, blends of `data`, and `model.rope`
-    when the method changes. Null removes an inherited objective, data set or teacher.
+    A child is merged over its `base` key by key. Replaced whole are lists, blends of `data`, `model.rope` when the
+    method changes, and an objective when its kind does. Null removes an inherited objective, data set or teacher.
     Relative paths are relative to the file that holds them; those of `overrides` to the working directory.
     Overrides change the recipe before its phases are merged over it; "phases.1.training.steps=100" changes the second.
     A phase's `steps` is short for its `training.steps`.
@@ -54,20 +44,13 @@ def phases_of(recipe: Recipe) -> list[Recipe]:
     """One recipe for each phase: `recipe` with that phase's changes; [recipe] where there are none."""
     if recipe.phases is None:
         return [recipe]
-    values = {**_values(recipe), "phases": None}
+    values = {**recipe.model_dump(mode="json"), "phases": None}
     return [Recipe.model_validate(_merge(values, change)) for change in recipe.phases]
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, defaults and absolute paths written out; `load_recipe` reads an equal one back."""
-    return recipe_yaml.dump(_values(recipe))
-
-
-def _values(recipe: Recipe) -> dict[str, Any]:
-    """As YAML holds them, defaults written out; objectives that are not there are left out."""
-    values = recipe.model_dump(mode="json")
-    values["objectives"] = {name: values["objectives"][name] for name, _ in recipe.objectives.items()}
-    return values
+    return recipe_yaml.dump(recipe.model_dump(mode="json"))
 
 
 def _read_chain(path: Path, found: list[str], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -179,13 +162,16 @@ def _phase_problems(values: dict[str, Any], own: list[str]) -> list[str]:
 
 def _keys_of_the_run(change: dict[str, Any]) -> list[str]:
     """The keys of a phase that the schema knows and a phase may not change."""
-    keys = []
+    split = {key.split(".")[0] for key in PHASE_KEYS if "." in key}  # sections of which a phase may change some keys
+    found = []
     for name, value in change.items():
-        split = name in ("model", "training") and isinstance(value, dict)
-        keys += [f"{name}.{key}" for key in value] if split else [name]
-    known = {*Recipe.model_fields}
-    known |= {f"model.{key}" for key in Model.model_fields} | {f"training.{key}" for key in Training.model_fields}
-    return [key for key in keys if key in known and key not in PHASE_KEYS]
+        field = Recipe.model_fields.get(name)
+        if name in split and field is not None and isinstance(value, dict):
+            known = field.annotation.model_fields if field.annotation else {}
+            found += [f"{name}.{key}" for key in value if key in known]
+        elif field is not None:
+            found.append(name)
+    return [key for key in found if key not in PHASE_KEYS]
 
 
 def _key_problem(override: str) -> str | None:
@@ -225,23 +211,14 @@ def _is_whole(keys: tuple[str, ...], inherited: dict[str, Any], value: dict[str,
     keys = keys[2:] if keys[0] == "phases" else keys
     if keys == ("model", "rope"):
         return "method" in value and value["method"] != inherited.get("method", value["method"])
+    if len(keys) == 2 and keys[0] == "objectives":
+        return "kind" in value and value["kind"] != inherited.get("kind", keys[1])
     return len(keys) == 2 and keys[0] == "data"
 
 
 def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of `values` with absolute paths; what is not a path is left for the schema to complain about."""
-    values = dict(values)
-    for section, key in PATH_KEYS:
-        settings = values.get(section)
-        if isinstance(settings, dict) and isinstance(settings.get(key), str):
-            values[section] = {**settings, key: _absolute(settings[key], folder)}
-    if isinstance(values.get("data"), dict):
-        values["data"] = {
-            name: {_absolute(prefix, folder): weight for prefix, weight in blend.items()}
-            if isinstance(blend, dict)
-            else blend
-            for name, blend in values["data"].items()
-        }
+    values = convert_marked(values, Recipe, Mark.PATH, lambda path: _absolute(path, folder))
     if isinstance(values.get("phases"), list):
         values["phases"] = [_absolute_paths(p, folder) if isinstance(p, dict) else p for p in values["phases"]]
     return values

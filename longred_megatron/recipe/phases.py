@@ -1,13 +1,14 @@
-"""The phases of a run: what each trains, whether it can, and what is printed of it."""
+"""The phases of a run: what each trains, with which models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
-from longred_megatron.families.architecture import Architecture, read_architecture
-from longred_megatron.recipe.checks import check_recipe
+from longred_megatron.families import Architecture, read_architecture
+from longred_megatron.objectives.base import Needs, Site
 from longred_megatron.recipe.load import phases_of
 from longred_megatron.recipe.schema import Recipe
-from longred_megatron.recipe.summary import in_columns, summary_lines
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,33 @@ class Phase:
     """A part of a run with settings of its own; the whole run where its recipe has no phases."""
 
     recipe: Recipe  # the run's with this phase's changes
-    teacher: Architecture | None  # None: no objective of the phase needs one
-    number: int  # from 1
-    steps_before: int  # of the phases before
-    tokens_before: int
+    source: Architecture  # of model.hf, as released
+    teachers: Mapping[Path, Architecture]  # by their folders, those that an objective of the phase compares with
+    number: int = 1
+    steps_before: int = 0  # of the phases before
+    tokens_before: int = 0
+
+    @cached_property
+    def sites(self) -> dict[str, Site]:
+        """What each objective may know."""
+        return {
+            name: _site(self.recipe, self.source, self.teachers.get(self.recipe.teacher_of(name).hf, self.source))
+            for name in self.recipe.objectives
+        }
+
+    @cached_property
+    def needs(self) -> dict[str, Needs]:
+        """What each objective needs of the models."""
+        return {name: settings.needs(self.sites[name]) for name, settings in self.recipe.objectives.items()}
+
+    def teacher_of(self, objective: str) -> Path | None:
+        """The folder of the frozen model that an objective compares with; None where it needs none."""
+        needs = self.needs[objective]
+        return self.recipe.teacher_of(objective).hf if needs.teacher and not needs.teacher_is_student else None
+
+    def taught_by(self, teacher: Path) -> dict[str, Needs]:
+        """The objectives that compare with a teacher, and what they need."""
+        return {name: needs for name, needs in self.needs.items() if self.teacher_of(name) == teacher}
 
     @property
     def last_step(self) -> int:
@@ -33,52 +57,30 @@ class Phase:
 
 
 def read_phases(recipe: Recipe) -> list[Phase]:
-    """The phases in order, with their teachers' config.json read. Raises UserError as `read_architecture` does."""
+    """The phases in order, with the config.json of model and teachers read. Raises UserError as `read_architecture`."""
+    source = read_architecture(recipe.model.hf)
     phases: list[Phase] = []
     for number, own in enumerate(phases_of(recipe), start=1):
-        teacher = read_architecture(own.teacher.hf) if own.needs_teacher else None
+        teachers = {hf: source if hf == recipe.model.hf else read_architecture(hf) for hf in _teachers(own, source)}
         before = (phases[-1].last_step, phases[-1].last_token) if phases else (0, 0)
-        phases.append(Phase(own, teacher, number, *before))
+        phases.append(Phase(own, source, teachers, number, *before))
     return phases
 
 
-def check_phases(
-    phases: Sequence[Phase], architecture: Architecture, world_size: int, *, gpu: bool | None = None
-) -> list[str]:
-    """The problems `check_recipe` finds in each phase, after its path; those that all phases share come once."""
-    recipes = [phase.recipe for phase in phases]
-    found = [check_recipe(p.recipe, architecture, p.teacher, world_size, gpu=gpu, phases=recipes) for p in phases]
-    shared = [problem for problem in found[0] if all(problem in own for own in found)]
-    return shared + [f"phases[{i}]: {p}" for i, own in enumerate(found) for p in own if p not in shared]
+def _teachers(recipe: Recipe, source: Architecture) -> list[Path]:
+    """The folders of the teachers that are needed; whether one is does not depend on what is in it."""
+    site = _site(recipe, source, source)
+    needs = {name: settings.needs(site) for name, settings in recipe.objectives.items()}
+    taught = [name for name, each in needs.items() if each.teacher and not each.teacher_is_student]
+    return list(dict.fromkeys(recipe.teacher_of(name).hf for name in taught))
 
 
-def phases_summary(phases: Sequence[Phase], architecture: Architecture, world_size: int) -> str:
-    """The start-up arithmetic: first what all phases share, then the rest of each."""
-    blocks = [
-        _blocks(summary_lines(phase.recipe, architecture, world_size, phase.teacher or architecture))
-        for phase in phases
-    ]
-    shared = [block for block in blocks[0] if all(block in own for own in blocks)]
-    lines = [line for block in shared for line in block]
-    if len(phases) > 1:
-        for phase, own in zip(phases, blocks, strict=True):
-            optimizer = phase.recipe.optimizer
-            steps = f"steps {phase.steps_before + 1:,} to {phase.last_step:,}"
-            lines.append((f"phase {phase.number}", f"{steps}, lr {optimizer.lr:g} {optimizer.schedule}"))
-            for block in own:
-                if block not in shared:
-                    shown = block[:1] if block[0][0] == "memory a rank" else block  # its parts would be the most of it
-                    lines += [(f"  {label}", text) for label, text in shown]
-        lines.append(("tokens in all phases", f"{phases[-1].last_token:,} in {phases[-1].last_step:,} steps"))
-    return in_columns(lines)
-
-
-def _blocks(lines: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
-    """Each line with the indented ones below it."""
-    blocks: list[list[tuple[str, str]]] = []
-    for label, text in lines:
-        if label.startswith(" "):
-            blocks[-1].append((label, text))
-        else:
-            blocks.append([(label, text)])
-    return blocks
+def _site(recipe: Recipe, source: Architecture, teacher: Architecture) -> Site:
+    return Site(
+        student=source,
+        teacher=teacher,
+        target_window=recipe.model.max_position_embeddings,
+        tokens_per_microbatch=recipe.step.tokens_per_microbatch,
+        parallel=recipe.parallel,
+        precision=recipe.precision,
+    )

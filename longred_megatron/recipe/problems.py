@@ -1,15 +1,14 @@
 """Pydantic's errors as sentences: the key's path, the value, the rule and what to change."""
 
 import difflib
-import types
 from collections.abc import Iterable, Mapping
-from typing import Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from longred_megatron.recipe.schema import Recipe
-from longred_megatron.settings import Settings
+from longred_megatron.settings import Settings, sections_of, tags, value_type
 
 _RULES = {
     "int_type": "must be a whole number",
@@ -63,14 +62,15 @@ def _is_echo(details: dict[str, Any]) -> bool:
 
 def _sentence(details: dict[str, Any], where: str) -> str:
     kind, value = details["type"], details["input"]
-    path, field, siblings = _look_up(details["loc"])
+    path, field, siblings, known = _look_up(details["loc"])
     path = where + path
     if kind == "extra_forbidden":
         return _unknown_key(path, siblings)
-    if kind == "union_tag_not_found":
-        return f"`{path}.method` is missing: add one of 'abf', 'pi', 'yarn', 'none'"
-    if kind == "union_tag_invalid":
-        path, value = f"{path}.method", value["method"]
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = details["ctx"]["discriminator"].strip("'")
+        if kind == "union_tag_not_found":
+            return _missing_tag(path, tag, known)
+        path, value, field = f"{path}.{tag}", value[tag], None
     reason = f" ({field.description})" if field is not None and field.description else ""
     if kind == "missing":
         return f"`{path}` is missing: add it{reason}"
@@ -89,39 +89,37 @@ def _unknown_key(path: str, siblings: list[str]) -> str:
     return f"unknown key `{path}`; {advice}"
 
 
-def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str]]:
-    """The dotted path of an error, its field, and the keys known beside it.
+def _missing_tag(path: str, tag: str, known: list[type[Settings]]) -> str:
+    names = [name for section in known for name in tags(section, tag)]
+    hint = nearest(path.rpartition(".")[2], names)
+    advice = f"did you mean `{hint}`?" if hint else f"add one of {', '.join(map(repr, names))}"
+    return f"`{path}.{tag}` is missing: {advice}"
 
-    Pydantic's location also holds parts that are no keys of the recipe: the RoPE method, and "[key]".
+
+def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str], list[type[Settings]]]:
+    """The dotted path of an error, its field, the keys known beside it, and the sections that may stand there.
+
+    Pydantic's location also holds parts that are no keys of the recipe: which of several sections it is, and "[key]".
     """
     shown: list[str] = []
-    models: list[type[Settings]] = [Recipe]
+    here: Any = Recipe
     field: FieldInfo | None = None
     siblings: list[str] = []
     for part in location:
-        if len(models) > 1:
-            models = [model for model in models if model.model_fields["method"].default == part]
-            continue
+        sections = sections_of(here)
         if part == "[key]":
             continue
-        if isinstance(part, int):
+        if len(sections) > 1:
+            here = next(each for each in sections if any(part in tags(each, name) for name in each.model_fields))
+        elif isinstance(part, int):
             shown[-1] += f"[{part}]"
-            continue
-        shown.append(str(part))
-        if models:
-            siblings = list(models[0].model_fields)
-            field = models[0].model_fields.get(part)
-            models = _models(field.annotation) if field is not None else []
-    return ".".join(shown), field, siblings
-
-
-def _models(annotation: Any) -> list[type[Settings]]:
-    """The sections an annotation names: one, none, or the several RoPE methods."""
-    if isinstance(annotation, type) and issubclass(annotation, Settings):
-        return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [model for argument in get_args(annotation) for model in _models(argument)]
-    return []
+            here = None
+        else:
+            shown.append(str(part))
+            fields = {n: f for n, f in sections[0].model_fields.items() if not f.exclude} if sections else {}
+            siblings, field = list(fields), fields.get(part)
+            here = field.annotation if field is not None else value_type(here)
+    return ".".join(shown), field, siblings, sections_of(here)
 
 
 def _shown(value: Any) -> str:

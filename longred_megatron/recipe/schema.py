@@ -1,147 +1,71 @@
 """The recipe: every key, its type, its unit and why its default is what it is. Attribute names = YAML keys.
 
 A section checks its own values; what needs two sections, the architecture or the world is in `checks.py`.
-Values are strict: the text "8" is not a number and `true` is not 1. Unknown keys are errors.
+Values are strict: the text "8" is not a number and `true` is not 1. Unknown keys are errors. Objectives and RoPE
+methods bring their own keys (`objectives/`, `rope/`).
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from longred_megatron.layout import Parallel, Precision
+from longred_megatron.objectives import KINDS, AnyObjective
+from longred_megatron.objectives.base import Teacher
 from longred_megatron.rope.methods import Rope, UnchangedRope
-from longred_megatron.settings import PositiveFloat, PositiveInt, RecipePath, Settings
+from longred_megatron.settings import Mark, NumTokens, PositiveFloat, PositiveInt, RecipePath, Settings
 
 
 class Model(Settings):
     """The model that is trained, and its longer window."""
 
     hf: RecipePath = Field(description="Hugging Face folder: architecture, tokenizer and initial weights")
-    rope: Rope = Field(
+    rope: Annotated[Rope, Mark.PHASE] = Field(
         UnchangedRope(),
         description="how RoPE is scaled: abf, pi, yarn or none; left out: none, the source's own",
     )
-    max_position_embeddings: PositiveInt = Field(description="target window, in tokens")
+    max_position_embeddings: Annotated[NumTokens, Mark.PHASE] = Field(description="target window, in tokens")
 
 
-class Teacher(Settings):
-    """The frozen model that the student is compared with; it keeps its own RoPE."""
+class MicroBatchSize(Settings):
+    """The section `step`: what the micro-batches of all objectives have in common."""
 
-    hf: RecipePath = Field(description="Hugging Face folder of the teacher; left out: model.hf")
-
-
-class Step(Settings):
-    """One micro-batch."""
-
-    tokens_per_microbatch: PositiveInt = Field(
+    tokens_per_microbatch: NumTokens = Field(
         description="tokens of a micro-batch, the same for all objectives: pipeline messages have one shape"
     )
 
 
-class Objective(Settings):
-    """What all objectives have in common."""
-
-    microbatches: PositiveInt = Field(
-        description="micro-batches of this objective per optimizer step, over all data-parallel replicas"
-    )
-    sequence_length: PositiveInt = Field(description="tokens of one sequence")
-    data: str = Field(description="name of a data set of the section `data`")
-    weight: PositiveFloat = Field(description="factor of this objective's loss in the step loss")
-    context_parallel: PositiveInt | None = Field(
-        None,
-        description="1: each context rank holds whole sequences; left out: parallel.context ranks share each",
-    )
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss compares with the teacher."""
-        return True
+def _with_kinds(values: Any) -> Any:
+    """Objectives with the kind that each has: its own word for it, or its name. Null removes an inherited one."""
+    if not isinstance(values, dict):
+        return values
+    present = {name: value for name, value in values.items() if value is not None}
+    if not present:
+        raise ValueError(f"needs at least one objective; add one of {', '.join(KINDS)}")
+    return {
+        name: {"kind": name, **value} if name in KINDS and isinstance(value, dict) else value
+        for name, value in present.items()
+    }
 
 
-class LongText(Objective):
-    """Next-token cross-entropy on long texts."""
-
-    weight: PositiveFloat = Field(
-        1.0,
-        description="factor of the loss in the step loss; 1: the others are relative to it, LongReD Eq. 18",
-    )
-
-    @property
-    def needs_teacher(self) -> bool:
-        return False
+def _metric_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError("must be letters, digits, _ and -: it is a part of metric names and command-line keys")
+    return name
 
 
-class ShortToLong(Objective):
-    """Last hidden state at skipped positions against the teacher's at natural ones (1 - cosine)."""
-
-    positions: Literal["cream", "uniform", "natural"] = Field(
-        description="how the student's positions spread over the target window"
-    )
+Objectives = Annotated[
+    dict[Annotated[str, AfterValidator(_metric_name)], AnyObjective], BeforeValidator(_with_kinds), Mark.PHASE
+]
+"""What a step trains: a name of the user's -> settings; a name that is a kind needs no `kind`."""
 
 
-class ShortRestoration(Objective):
-    """Hidden states of chosen layers against the teacher's on short texts (1 - cosine, layers summed)."""
+DataPrefix = Annotated[str, Field(min_length=1), Mark.PATH]
+"""Of an indexed token file, from tools/prepare_data.py."""
 
-    layers: Annotated[tuple[int, ...], Field(strict=False, min_length=1)] = Field(
-        description="restored layers numbered as in Hugging Face hidden_states: 1 is the first layer's output"
-    )
-
-
-class PackedDistillation(Objective):
-    """Next-token distributions against a long-context teacher's, on short texts packed into a long window.
-
-    The token's loss is (1 - cross_entropy) x temperature^2 x divergence + cross_entropy x next-token cross-entropy.
-    """
-
-    weight: PositiveFloat = Field(1.0, description="factor of the loss in the step loss")
-    direction: Literal["forward", "reverse", "jensen_shannon"] = Field(
-        "forward", description="of the divergence; forward: KL(teacher || student), as in arXiv 2511.06719"
-    )
-    temperature: PositiveFloat = Field(1.0, description="divisor of both models' logits in the divergence")
-    top_k: PositiveInt | None = Field(
-        None, description="the teacher's k likeliest tokens, and one bucket for all others; null: every token"
-    )
-    cross_entropy: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of next-token cross-entropy in the loss; 1: no teacher"
-    )
-    mask_documents: bool = Field(False, description="whether a text of the pack sees only itself")
-    restart_positions: bool = Field(
-        False, description="whether each text's positions start at 0; false: they run on through the pack"
-    )
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.cross_entropy < 1
-
-
-class Objectives(Settings):
-    """What a step trains. At least one; null removes an inherited one."""
-
-    long_text: LongText | None = Field(None, description="cross-entropy on long texts")
-    short_to_long: ShortToLong | None = Field(None, description="distillation at skipped positions")
-    short_restoration: ShortRestoration | None = Field(None, description="distillation of layers on short texts")
-    packed_distillation: PackedDistillation | None = Field(
-        None, description="distillation of logits on packed short texts"
-    )
-
-    @model_validator(mode="after")
-    def _at_least_one(self) -> Self:
-        if not dict(self.items()):
-            names = ", ".join(type(self).model_fields)
-            raise ValueError(f"needs at least one objective; add one of {names}")
-        return self
-
-    def items(self) -> Iterator[tuple[str, LongText | ShortToLong | ShortRestoration | PackedDistillation]]:
-        """Name and settings of the objectives that are present, in the order of the schema."""
-        for name in type(self).model_fields:
-            settings = getattr(self, name)
-            if settings is not None:
-                yield name, settings
-
-
-Blend = Annotated[dict[Annotated[str, Field(min_length=1)], PositiveFloat], Field(min_length=1)]
-"""Prefix of an indexed token file (from tools/prepare_data.py) -> weight; weights need not sum to 1."""
+Blend = Annotated[dict[DataPrefix, PositiveFloat], Field(min_length=1)]
+"""Weights of data sets; they need not sum to 1."""
 
 
 class Optimizer(Settings):
@@ -168,21 +92,21 @@ class Optimizer(Settings):
 class Training(Settings):
     """Length of the run, and what it keeps."""
 
-    steps: PositiveInt = Field(description="optimizer steps")
+    steps: Annotated[PositiveInt, Mark.PHASE] = Field(description="optimizer steps")
     seed: Annotated[int, Field(ge=0)] = Field(
         2024, description="seed of data order and skipped positions; default as in LongReD"
     )
-    recompute: Literal["none", "selective", "full"] = Field(
+    recompute: Annotated[Literal["none", "selective", "full"], Mark.PHASE, Mark.FREE] = Field(
         "full",
         description="what backward recomputes; full: least memory for about a third more FLOPs",
     )
-    checkpoint_every_steps: PositiveInt = Field(
+    checkpoint_every_steps: Annotated[PositiveInt, Mark.FREE] = Field(
         64, description="steps between checkpoints; one is written after the last step in any case"
     )
-    keep_checkpoints: PositiveInt = Field(
+    keep_checkpoints: Annotated[PositiveInt, Mark.FREE] = Field(
         3, description="newest checkpoints kept; more than one, so that a damaged one costs little"
     )
-    hang_minutes: PositiveFloat = Field(
+    hang_minutes: Annotated[PositiveFloat, Mark.FREE] = Field(
         30.0, description="without progress on a rank before the job ends, naming the rank that holds up the others"
     )
 
@@ -206,15 +130,17 @@ class Recipe(Settings):
     """A whole run. Made by `load_recipe`, which also makes the paths absolute."""
 
     model: Model = Field(description="the trained model")
-    teacher: Teacher = Field(description="the frozen teacher; left out: the model of model.hf")
-    step: Step = Field(description="the micro-batch")
-    objectives: Objectives = Field(description="what a step trains")
-    data: dict[str, Blend] = Field(description="data sets: name -> {prefix: weight}")
-    parallel: Parallel = Field(Parallel(), description="layout over ranks")
+    teacher: Annotated[Teacher, Mark.PHASE] = Field(
+        description="the frozen teacher of objectives without one of their own; left out: the model of model.hf"
+    )
+    step: Annotated[MicroBatchSize, Mark.PHASE] = Field(description="the micro-batch")
+    objectives: Objectives = Field(description="what a step trains: name -> settings")
+    data: Annotated[dict[str, Blend], Mark.PHASE] = Field(description="data sets: name -> {prefix: weight}")
+    parallel: Annotated[Parallel, Mark.FREE] = Field(Parallel(), description="layout over ranks")
     precision: Precision = Field(Precision(), description="number formats")
-    optimizer: Optimizer = Field(description="AdamW and its schedule")
+    optimizer: Annotated[Optimizer, Mark.PHASE] = Field(description="AdamW and its schedule")
     training: Training = Field(description="length of the run")
-    debug: Debug = Field(Debug(), description="aids for checking a run")
+    debug: Annotated[Debug, Mark.FREE] = Field(Debug(), description="aids for checking a run")
     run: Run = Field(description="where the results go")
     phases: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
         None, description="parts of the run in order, each a mapping of changes to this recipe; see `phases_of`"
@@ -230,12 +156,11 @@ class Recipe(Settings):
             return values
         return {**values, "teacher": {**teacher, "hf": values["model"]["hf"]}}
 
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any objective compares with the teacher."""
-        return any(settings.needs_teacher for _, settings in self.objectives.items())
+    def teacher_of(self, objective: str) -> Teacher:
+        """The teacher that an objective compares with, where it compares with any."""
+        return self.objectives[objective].teacher or self.teacher
 
     @property
     def num_microbatches(self) -> int:
         """Micro-batches of one optimizer step, over all objectives and replicas (M of the step loss)."""
-        return sum(settings.microbatches for _, settings in self.objectives.items())
+        return sum(settings.microbatches for settings in self.objectives.values())

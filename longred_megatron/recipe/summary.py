@@ -1,10 +1,12 @@
 """The arithmetic printed at start-up: ranks, tokens, step loss, expected memory, and what is not computed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from longred_megatron.families.architecture import Architecture
-from longred_megatron.recipe.schema import Recipe, ShortRestoration
+from longred_megatron.families import Architecture
+from longred_megatron.objectives.base import Needs, Tap
+from longred_megatron.recipe.phases import Phase
+from longred_megatron.recipe.schema import Recipe
 
 GIB = 2**30
 # Gradients are summed over micro-batches in fp32, whatever the parameters' type.
@@ -12,11 +14,21 @@ GRADIENT_BYTES = 4
 # Adam: two fp32 moments; with bf16 parameters an fp32 copy of them as well.
 OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
 PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
-# Rows of logits that the chunked cross-entropy holds at a time, as fp32 logits and their gradient.
-LOSS_CHUNK_TOKENS = 1024
-LOSS_BYTES_PER_LOGIT = 8
-# Logit distillation: three tensors of that many bytes (objectives.logit_distillation.CHUNK_BYTES).
-DISTILLATION_BYTES = 3 * 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Block:
+    """A line of the summary, and those that belong to it. `brief`: its parts are left out where phases are listed."""
+
+    label: str
+    text: str
+    parts: tuple[tuple[str, str], ...] = ()
+    brief: bool = False
+
+    def lines(self, brief: bool = False) -> list[tuple[str, str]]:
+        """(label, text) of the line and its parts."""
+        parts = () if self.brief and brief else self.parts
+        return [(self.label, self.text), *((f"  {label}", text) for label, text in parts)]
 
 
 @dataclass(frozen=True)
@@ -29,79 +41,86 @@ class Memory:
     teacher: float
     teacher_targets: float
     activations: float
-    loss_logits: float
+    loss: float
 
     @property
     def total(self) -> float:
         return sum(vars(self).values())
 
 
-def summary_lines(
-    recipe: Recipe, architecture: Architecture, world_size: int, teacher: Architecture
-) -> list[tuple[str, str]]:
-    """What the run will do, as (label, text) of some twenty lines; a label that begins with a space belongs to the one
-    above.
-
-    Args:
-        recipe: has passed `check_recipe`.
-        architecture: of model.hf; teacher: of teacher.hf, also where that is model.hf.
-    """
-    return [
-        *_rank_lines(recipe, world_size),
-        *_token_lines(recipe),
-        _loss_line(recipe),
-        *_model_lines(recipe, architecture),
-        *_memory_lines(recipe, architecture, teacher, world_size),
-        *_skipped_lines(recipe, teacher),
-    ]
-
-
-def in_columns(lines: Sequence[tuple[str, str]]) -> str:
-    """Labels on the left, texts on the right."""
+def phases_summary(phases: Sequence[Phase], world_size: int) -> str:
+    """What the run will do: first what all phases share, then the rest of each. `check_phases` has found no problem."""
+    blocks = [summary(phase, world_size) for phase in phases]
+    shared = [block for block in blocks[0] if all(block in own for own in blocks)]
+    lines = [line for block in shared for line in block.lines()]
+    if len(phases) > 1:
+        for phase, own in zip(phases, blocks, strict=True):
+            optimizer = phase.recipe.optimizer
+            steps = f"steps {phase.steps_before + 1:,} to {phase.last_step:,}"
+            lines.append((f"phase {phase.number}", f"{steps}, lr {optimizer.lr:g} {optimizer.schedule}"))
+            different = (block for block in own if block not in shared)
+            lines += [(f"  {label}", text) for block in different for label, text in block.lines(brief=True)]
+        lines.append(("tokens in all phases", f"{phases[-1].last_token:,} in {phases[-1].last_step:,} steps"))
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 
 
-def expected_memory(recipe: Recipe, architecture: Architecture, teacher: Architecture, world_size: int) -> Memory:
+def summary(phase: Phase, world_size: int) -> list[Block]:
+    """What a phase will do, in some ten lines."""
+    return [
+        *_rank_lines(phase.recipe, world_size),
+        *_token_lines(phase.recipe),
+        _loss_line(phase),
+        *_model_lines(phase.recipe, phase.source),
+        _memory_lines(phase, world_size),
+        _skipped_line(phase),
+    ]
+
+
+def expected_memory(phase: Phase, world_size: int) -> Memory:
     """Bytes on the fullest rank: the maximum over stages of each part, so the total is an upper estimate.
 
     tp, pp, cp, dp: degrees of parallelism. T: tokens of a micro-batch. h: hidden size. b: bytes of a number.
 
     - parameters = b * N, gradients = 4 * N, optimizer = (12 with bf16, 8 with fp32) * N / (dp * cp),
       N = (layers / pp * parameters of a layer + embedding or head) / tp
-    - teacher = b * its N, without the layers above the deepest compared one and without a head no loss needs
+    - teacher = b * N of each teacher, without layers above the deepest compared one and without a head no loss needs
     - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
       recompute full keeps h, and one layer's working set on top; otherwise all of it (`_layer_elements`)
     - with sequence parallelism, hidden states count T / cp / tp tokens
-    - loss = 1024 tokens * vocabulary / tp * 8 (fp32 logits and their gradient); 768 MiB for logit distillation, less
-      where a rank's logits are fewer
+    - loss = what the objective whose loss needs most says of it
     """
+    recipe, source = phase.recipe, phase.source
     parallel, size = recipe.parallel, PARAMETER_BYTES[recipe.precision.params]
     replicas = _replicas(recipe, world_size)
-    parameters = _stage_parameters(recipe, architecture, architecture.num_layers, True)
+    parameters = _stage_parameters(recipe, source, source.num_layers, True)
+    teachers = 0.0
+    for hf, teacher in phase.teachers.items():
+        depth, head = _teacher_extent(phase.taught_by(hf).values(), teacher)
+        teachers += _stage_parameters(recipe, teacher, depth, head)
     return Memory(
         parameters=size * parameters,
         gradients=GRADIENT_BYTES * parameters,
         optimizer=OPTIMIZER_BYTES[recipe.precision.params] * parameters / (replicas * parallel.context),
-        teacher=size * _stage_parameters(recipe, teacher, _deepest_layer(recipe, teacher), _has_teacher_head(recipe)),
-        teacher_targets=_target_elements(recipe, teacher, replicas) * size,
-        activations=_activation_elements(recipe, architecture, replicas) * size,
-        loss_logits=_loss_bytes(recipe, architecture),
+        teacher=size * teachers,
+        teacher_targets=_target_elements(phase, replicas) * size,
+        activations=_activation_elements(recipe, source, replicas) * size,
+        loss=max(o.working_bytes(phase.sites[name]) for name, o in recipe.objectives.items()),
     )
 
 
-def _rank_lines(recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
+def _rank_lines(recipe: Recipe, world_size: int) -> list[Block]:
     parallel, replicas = recipe.parallel, _replicas(recipe, world_size)
     chunks = f", {parallel.virtual_pipeline} chunks a stage" if parallel.virtual_pipeline else ""
     tokens = recipe.step.tokens_per_microbatch
     return [
-        (
+        Block(
             "world",
             f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x context "
             f"{parallel.context} x data {replicas}{chunks}",
         ),
-        (
+        Block(
             "micro-batches",
             f"{recipe.num_microbatches} a step = {recipe.num_microbatches // replicas} on each of "
             f"{replicas} replicas; {tokens:,} tokens each, {tokens // parallel.context:,} on a rank",
@@ -109,33 +128,36 @@ def _rank_lines(recipe: Recipe, world_size: int) -> list[tuple[str, str]]:
     ]
 
 
-def _token_lines(recipe: Recipe) -> list[tuple[str, str]]:
+def _token_lines(recipe: Recipe) -> list[Block]:
     tokens, steps = recipe.step.tokens_per_microbatch, recipe.training.steps
     total = tokens * recipe.num_microbatches
-    lines = [("tokens a step", f"{total:,}")]
+    parts = []
     for name, settings in recipe.objectives.items():
         count = settings.microbatches * tokens
         sequences = count // settings.sequence_length
-        lines.append((f"  {name}", f"{count:,} ({count / total:.1%}): {sequences:,} x {settings.sequence_length:,}"))
-    lines.append(("tokens in all", f"{total * steps:,} = {steps:,} steps x {total:,}"))
-    return lines
+        parts.append((name, f"{count:,} ({count / total:.1%}): {sequences:,} x {settings.sequence_length:,}"))
+    return [
+        Block("tokens a step", f"{total:,}", tuple(parts)),
+        Block("tokens in all", f"{total * steps:,} = {steps:,} steps x {total:,}"),
+    ]
 
 
-def _loss_line(recipe: Recipe) -> tuple[str, str]:
+def _loss_line(phase: Phase) -> Block:
     """weight * micro-batches / M of each objective; M = micro-batches of the step."""
-    terms = []
-    for name, settings in recipe.objectives.items():
-        layers = f" (sum of {len(settings.layers)} layers)" if isinstance(settings, ShortRestoration) else ""
-        terms.append(f"{settings.weight * settings.microbatches / recipe.num_microbatches:.4g} {name}{layers}")
-    return ("step loss", " + ".join(terms) + f"   (weight x micro-batches / {recipe.num_microbatches})")
+    terms, total = [], phase.recipe.num_microbatches
+    for name, settings in phase.recipe.objectives.items():
+        layers = {tap.layer for tap in phase.needs[name].pairs}
+        of = f" (sum of {len(layers)} layers)" if len(layers) > 1 else ""
+        terms.append(f"{settings.weight * settings.microbatches / total:.4g} {name}{of}")
+    return Block("step loss", " + ".join(terms) + f"   (weight x micro-batches / {total})")
 
 
-def _model_lines(recipe: Recipe, architecture: Architecture) -> list[tuple[str, str]]:
+def _model_lines(recipe: Recipe, architecture: Architecture) -> list[Block]:
     settings = recipe.model.rope.model_dump(exclude={"method"}, exclude_none=True)
     details = "".join(f", {name} {value:g}" for name, value in settings.items())
     return [
-        ("parameters", f"{architecture.num_parameters():,}"),
-        (
+        Block("parameters", f"{architecture.num_parameters():,}"),
+        Block(
             "window",
             f"{architecture.max_position_embeddings:,} -> {recipe.model.max_position_embeddings:,} tokens, "
             f"rope {recipe.model.rope.method}{details}",
@@ -143,73 +165,48 @@ def _model_lines(recipe: Recipe, architecture: Architecture) -> list[tuple[str, 
     ]
 
 
-def _memory_lines(
-    recipe: Recipe, architecture: Architecture, teacher: Architecture, world_size: int
-) -> list[tuple[str, str]]:
-    memory = expected_memory(recipe, architecture, teacher, world_size)
-    lines = [("memory a rank", f"about {memory.total / GIB:.1f} GiB, rough, fullest stage")]
+def _memory_lines(phase: Phase, world_size: int) -> Block:
+    recipe, memory = phase.recipe, expected_memory(phase, world_size)
     formulas = {
         "parameters": f"{PARAMETER_BYTES[recipe.precision.params]} bytes x N",
         "gradients": f"{GRADIENT_BYTES} bytes x N",
         "optimizer": f"{OPTIMIZER_BYTES[recipe.precision.params]} bytes x N / (data x context)",
         "teacher": "forward only: no gradients, no optimizer",
-        "teacher_targets": "hidden states of the compared layers, kept for the student's pass",
+        "teacher_targets": "values of the compared layers, kept for the student's pass",
         "activations": f"recompute {recipe.training.recompute}",
-        "loss_logits": "a chunk of tokens at a time",
+        "loss": "a chunk of tokens at a time",
     }
-    for name, formula in formulas.items():
-        lines.append((f"  {name.replace('_', ' ')}", f"{getattr(memory, name) / GIB:.2f} GiB ({formula})"))
-    return lines
+    parts = tuple((n.replace("_", " "), f"{getattr(memory, n) / GIB:.2f} GiB ({why})") for n, why in formulas.items())
+    return Block("memory a rank", f"about {memory.total / GIB:.1f} GiB, rough, fullest stage", parts, brief=True)
 
 
-def _skipped_lines(recipe: Recipe, teacher: Architecture) -> list[tuple[str, str]]:
+def _skipped_line(phase: Phase) -> Block:
     """What no loss uses, and so is not computed."""
-    objectives = dict(recipe.objectives.items())
-    without_teacher = [name for name, settings in objectives.items() if not settings.needs_teacher]
-    without_head = [name for name in objectives if name in ("short_to_long", "short_restoration")]
-    skipped = []
-    if not recipe.needs_teacher:
+    needs, skipped = phase.needs, []
+    if not any(each.teacher for each in needs.values()):
         skipped.append("the teacher (no objective compares with it)")
-    else:
-        if without_teacher:
-            skipped.append(f"the teacher on {', '.join(without_teacher)}")
-        depth = _deepest_layer(recipe, teacher)
+    elif without := [name for name, each in needs.items() if not each.teacher]:
+        skipped.append(f"the teacher on {', '.join(without)}")
+    for hf, teacher in phase.teachers.items():
+        whose = "the teacher's" if len(phase.teachers) == 1 else f"teacher {hf}'s"
+        depth, head = _teacher_extent(phase.taught_by(hf).values(), teacher)
         if depth < teacher.num_layers:
-            skipped.append(f"the teacher's layers {depth + 1} to {teacher.num_layers}")
-        if not _has_teacher_head(recipe):
-            skipped.append("the teacher's head")
-    if without_head:
-        skipped.append(f"the model's head on {', '.join(without_head)}")
-    return [("not computed", "; ".join(skipped) or "nothing")]
+            skipped.append(f"{whose} layers {depth + 1} to {teacher.num_layers}")
+        if not head:
+            skipped.append(f"{whose} head")
+    if without := [name for name, each in needs.items() if not each.student_head]:
+        skipped.append(f"the model's head on {', '.join(without)}")
+    return Block("not computed", "; ".join(skipped) or "nothing")
 
 
-def _loss_bytes(recipe: Recipe, architecture: Architecture) -> float:
-    """What is alive of the logits, of whichever loss needs most."""
-    objectives, parallel = recipe.objectives, recipe.parallel
-    entries, tokens = architecture.vocab_size / parallel.tensor, recipe.step.tokens_per_microbatch / parallel.context
-    needs = [0.0]
-    if _has_teacher_head(recipe):
-        needs.append(min(DISTILLATION_BYTES, 3 * 4 * tokens * entries))
-    if objectives.long_text is not None or (objectives.packed_distillation and not _has_teacher_head(recipe)):
-        needs.append(min(LOSS_CHUNK_TOKENS, tokens) * entries * LOSS_BYTES_PER_LOGIT)
-    return max(needs)
+def _teacher_extent(needs: Iterable[Needs], teacher: Architecture) -> tuple[int, bool]:
+    """The last layer that a teacher has to run for all `needs`, and whether it needs its head."""
+    each = list(needs)
+    return max(n.teacher_depth(teacher.num_layers) for n in each), any(n.teacher_head for n in each)
 
 
 def _replicas(recipe: Recipe, world_size: int) -> int:
     return world_size // (recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context)
-
-
-def _deepest_layer(recipe: Recipe, teacher: Architecture) -> int:
-    """The last layer the teacher has to run; 0 where there is no teacher."""
-    if recipe.objectives.short_to_long is not None or _has_teacher_head(recipe):
-        return teacher.num_layers
-    restoration = recipe.objectives.short_restoration
-    return 0 if restoration is None else max(restoration.layers)
-
-
-def _has_teacher_head(recipe: Recipe) -> bool:
-    packed = recipe.objectives.packed_distillation
-    return packed is not None and packed.needs_teacher
 
 
 def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, with_head: bool) -> float:
@@ -239,18 +236,25 @@ def _rank_tokens(recipe: Recipe) -> float:
     return recipe.step.tokens_per_microbatch / parallel.context / (parallel.tensor if parallel.sequence else 1)
 
 
-def _target_elements(recipe: Recipe, teacher: Architecture, replicas: int) -> float:
-    """Teacher hidden states kept between the teacher's pass and the student's, on the fullest stage."""
-    fullest = 0
-    for stage in _stages(recipe, teacher):
-        states = 0
-        for _, settings in recipe.objectives.items():
-            if settings.needs_teacher:
-                layers = settings.layers if isinstance(settings, ShortRestoration) else (teacher.num_layers,)
-                share = -(-settings.microbatches // replicas)  # shares of replicas differ by one at most
-                states += share * sum(layer in stage for layer in layers)
-        fullest = max(fullest, states)
-    return fullest * _rank_tokens(recipe) * teacher.hidden_size
+def _target_elements(phase: Phase, replicas: int) -> float:
+    """Teacher values kept between the teacher's pass and the student's, on the fullest stage."""
+    recipe = phase.recipe
+    stages = [0.0] * recipe.parallel.pipeline
+    for name, settings in recipe.objectives.items():
+        teacher = phase.sites[name].teacher
+        where = recipe.parallel.for_depth(teacher.num_layers).layer_stages(teacher.num_layers)
+        share = -(-settings.microbatches // replicas)  # shares of replicas differ by one at most
+        for tap in phase.needs[name].teacher_taps(teacher.num_layers):
+            stages[where[tap.layer]] += share * _tap_elements(recipe, tap, teacher)
+    return max(stages)
+
+
+def _tap_elements(recipe: Recipe, tap: Tap, model: Architecture) -> float:
+    """Numbers that one rank keeps of one micro-batch."""
+    if tap.what in ("hidden", "attention_output"):
+        return _rank_tokens(recipe) * model.hidden_size
+    heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
+    return recipe.step.tokens_per_microbatch / recipe.parallel.context * heads * model.head_dim / recipe.parallel.tensor
 
 
 def _activation_elements(recipe: Recipe, architecture: Architecture, replicas: int) -> float:

@@ -1,7 +1,7 @@
 """Floating-point operations a training step needs, for model FLOPs utilization."""
 
-from longred_megatron.recipe import Architecture, Recipe
-from longred_megatron.training.order import TOKEN_OBJECTIVES
+from longred_megatron.families import Architecture
+from longred_megatron.recipe import Phase
 
 
 def forward_flops_per_token(architecture: Architecture, depth: int, sequence_length: int, head: bool) -> float:
@@ -17,14 +17,16 @@ def forward_flops_per_token(architecture: Architecture, depth: int, sequence_len
     return 2 * (depth * (matrices + attention) + head * a.hidden_size * a.vocab_size)
 
 
-def step_flops(recipe: Recipe, student: Architecture, teacher: Architecture | None, teacher_depth: int) -> float:
-    """Of one optimizer step over all ranks: the student's forward and backward (twice the forward), the teacher's
-    forward. Recomputed activations do not count: they are a choice, not part of the model."""
-    total = 0.0
-    for name, objective in recipe.objectives.items():
-        head, length = name in TOKEN_OBJECTIVES, objective.sequence_length
-        per_token = 3 * forward_flops_per_token(student, student.num_layers, length, head)
-        if teacher is not None and objective.needs_teacher:
-            per_token += forward_flops_per_token(teacher, teacher_depth, length, head)
-        total += objective.microbatches * recipe.step.tokens_per_microbatch * per_token
+def step_flops(phase: Phase) -> float:
+    """Of one optimizer step over all ranks: the student's forward and backward (twice the forward), the teachers'
+    forward, and what losses take beside both. Recomputed activations do not count: they are a choice, not part of the
+    model."""
+    total, source = 0.0, phase.source
+    for name, settings in phase.recipe.objectives.items():
+        needs, site, length = phase.needs[name], phase.sites[name], settings.sequence_length
+        per_token = 3 * forward_flops_per_token(source, source.num_layers, length, needs.student_head)
+        if needs.teacher:
+            depth = needs.teacher_depth(site.teacher.num_layers)
+            per_token += forward_flops_per_token(site.teacher, depth, length, needs.teacher_head)
+        total += settings.microbatches * (site.tokens_per_microbatch * per_token + settings.own_flops(site))
     return total

@@ -1,4 +1,4 @@
-"""The loss one pipeline stage owes for one micro-batch."""
+"""The terms of the loss that one model chunk owes for one micro-batch."""
 
 from collections.abc import Mapping
 
@@ -9,70 +9,46 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from longred_megatron.kernels.cosine_distance import restoration_loss
-from longred_megatron.kernels.cross_entropy import linear_cross_entropy
-from longred_megatron.kernels.divergence import linear_distillation
 from longred_megatron.model.stage import Stage
-from longred_megatron.recipe.schema import Objective, PackedDistillation
+from longred_megatron.objectives.base import Activations, Copies, Head, Needs, Tap, Term
 from longred_megatron.training.microbatches import MicroBatch
-from longred_megatron.training.order import HIDDEN_STATE_OBJECTIVES
 
 
-def stage_losses(
-    stage: Stage,
-    microbatch: MicroBatch,
-    settings: Objective,
-    output: Tensor,
-    states: Mapping[int, Tensor],
-    targets: Mapping[int, Tensor],
+def chunk_terms(
+    chunk: Stage,
     teacher: Stage | None,
+    microbatch: MicroBatch,
+    needs: Needs,
+    output: Tensor,
+    values: Mapping[Tap, Tensor],
+    targets: Mapping[Tap, Tensor],
     groups: ProcessGroupCollection,
-) -> dict[str, Tensor]:
-    """This rank's share of the micro-batch's losses on this stage, by metric name, without the objective's weight.
-
-    Each is (sum over this rank's tokens) / N, N = the micro-batch's valid tokens on all context-parallel ranks: summed
-    over the context group (and, with sequence parallelism, the tensor group) it is the mean over the tokens.
+) -> list[Term]:
+    """The terms of the micro-batch's objective in this chunk, without the objective's weight.
 
     Args:
-        settings: of the micro-batch's objective.
-        output: [tokens, 1, hidden] from the stage.
-        states, targets: {the student's layer: hidden states} of the student and of the teacher.
-        teacher: its last chunk on this rank, if there is a teacher.
+        teacher: its last chunk on this rank, if there is a teacher; it may be `chunk` itself.
+        output: [tokens, 1, hidden] from the chunk.
+        values: the student's, by its taps. targets: the teacher's, by the teacher's taps.
     """
-    name, num_tokens = f"loss/{microbatch.objective}", microbatch.num_valid_tokens
-    if microbatch.objective in HIDDEN_STATE_OBJECTIVES:
-        return {f"{name}/layer_{k}": restoration_loss(states[k], targets[k]) / num_tokens for k in states}
-    if not stage.post_process:
-        return {}
-    hidden, labels = _all_tokens(stage, output, groups), microbatch.labels.reshape(-1)
-    group = groups.tp if groups.tp.size() > 1 else None
-    vocab_size = stage.architecture.vocab_size
-    if not isinstance(settings, PackedDistillation) or not settings.needs_teacher:
-        loss = linear_cross_entropy(hidden, stage.head_weight(), labels, vocab_size=vocab_size, group=group)
-    else:
+    copies: Copies = "split over tensor ranks" if chunk.config.sequence_parallel else "each tensor rank"
+    heads: list[Head | None] = [None, None]
+    if chunk.post_process and needs.student_head:
+        heads[0] = _head(chunk, output, groups)
+    if chunk.post_process and needs.teacher_head:
         assert teacher is not None
-        (target,) = targets.values()
-        loss = linear_distillation(
-            hidden,
-            stage.head_weight(),
-            _all_tokens(teacher, target, groups),
-            teacher.head_weight(),
-            labels,
-            # One tokenizer, but released models pad their vocabularies to different sizes.
-            vocab_size=min(vocab_size, teacher.architecture.vocab_size),
-            direction=settings.direction,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            cross_entropy=settings.cross_entropy,
-            group=group,
-        )
-    return {name: loss / num_tokens}
+        heads[1] = _head(teacher, targets[Tap(teacher.architecture.num_layers)], groups)
+    student = Activations(values, heads[0], copies)
+    theirs = Activations({tap: targets[needs.pairs[tap]] for tap in values}, heads[1], copies)
+    return microbatch.settings.loss(student, theirs, microbatch, groups)
 
 
-def _all_tokens(stage: Stage, output: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """[tokens, hidden] on every tensor rank, for its part of the vocabulary; backward sums the gradient's parts."""
-    if stage.config.sequence_parallel:
-        output = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)
+def _head(chunk: Stage, output: Tensor, groups: ProcessGroupCollection) -> Head:
+    """All tokens on every tensor rank, for its part of the vocabulary; backward sums the gradient's parts."""
+    if chunk.config.sequence_parallel:
+        hidden = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)
     else:
-        output = copy_to_tensor_model_parallel_region(output, group=groups.tp)
-    return output.squeeze(1)
+        hidden = copy_to_tensor_model_parallel_region(output, group=groups.tp)
+    weight = chunk.head_weight()
+    # A teacher's hidden states come without a graph, and so does its head: it may be the student's own.
+    return Head(hidden.squeeze(1), weight if output.requires_grad else weight.detach(), chunk.architecture.vocab_size)

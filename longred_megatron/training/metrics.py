@@ -2,72 +2,79 @@
 
 import json
 import math
+import re
 import resource
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from longred_megatron.recipe import Recipe
+from longred_megatron.objectives.base import Objective, Term
 from longred_megatron.training import run_folder
-from longred_megatron.training.order import HIDDEN_STATE_OBJECTIVES
+from longred_megatron.training.microbatches import MicroBatch
+
+Key = tuple[str, str | None]  # an objective, and the name of a term of it or None
 
 # Dense peak of the tensor cores in FLOP/s (vendor data sheets), by a part of the device's name.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def loss_names(layers: Mapping[str, Iterable[int]], objectives: Iterable[str]) -> list[str]:
-    """The names `stage_losses` may report in any step, the same on every rank."""
-    names = []
-    for objective in objectives:
-        if objective in HIDDEN_STATE_OBJECTIVES:
-            names += [f"loss/{objective}/layer_{k}" for k in layers[objective]]
-        else:
-            names.append(f"loss/{objective}")
-    return names
+class LossReducer:
+    """Sums the terms of a step over all ranks. One for a phase: what terms there are is asked for once."""
+
+    def __init__(self, objectives: Mapping[str, Objective], groups: ProcessGroupCollection) -> None:
+        self._objectives, self._groups = objectives, groups
+        self._keys: list[Key] | None = None
+
+    def __call__(self, microbatches: Sequence[MicroBatch], terms: Sequence[Sequence[Term]]) -> dict[str, float]:
+        """The step's losses from every rank's terms, by micro-batch.
+
+        loss/<objective> = (1 / its micro-batches) * sum over its terms, micro-batches, stages, context ranks and (where
+        a term is split over them) tensor ranks; loss/<objective>/<name> the same of the terms of a name; loss =
+        (1/M) * sum over objectives of weight * micro-batches * loss/<objective>.
+        One sum over the whole world: a share that every tensor rank holds is divided by their number first.
+        """
+        shares = [((m.objective, term.name), term) for m, own in zip(microbatches, terms, strict=True) for term in own]
+        if self._keys is None:
+            self._keys = self._all_keys([key for key, _ in shares])
+        # Summed on the device: one copy to the host a step, not one a term.
+        total = torch.zeros(len(self._keys), dtype=torch.float64, device=torch.cuda.current_device())
+        for key, term in shares:
+            copies = self._groups.tp.size() if term.copies == "each tensor rank" else 1
+            total[self._keys.index(key)] += term.share.double() / copies
+        torch.distributed.all_reduce(total)  # the world: every rank holds shares of some micro-batch, stage or tokens
+        values = dict(zip(self._keys, total.tolist(), strict=True))
+        step_loss = 0.0
+        reduced: dict[str, float] = {}
+        for objective, settings in self._objectives.items():
+            own = {name: v / settings.microbatches for (of, name), v in values.items() if of == objective}
+            mean = math.fsum(own.values())
+            reduced |= {f"loss/{objective}": mean}
+            reduced |= {f"loss/{objective}/{name}": value for name, value in own.items() if name is not None}
+            step_loss += settings.weight * settings.microbatches * mean
+        return {"loss": step_loss / sum(each.microbatches for each in self._objectives.values())} | reduced
+
+    def _all_keys(self, own: Iterable[Key]) -> list[Key]:
+        """The terms of all ranks in one order; a rank knows only those of its stage and of its replica's objectives."""
+        parts: list[list[Key]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(parts, list(dict.fromkeys(own)))  # the world, as the sum of a step
+        return sorted({key for part in parts for key in part}, key=_by_number)
 
 
-def reduce_losses(
-    losses: Sequence[Mapping[str, Tensor]],
-    names: Sequence[str],
-    recipe: Recipe,
-    groups: ProcessGroupCollection,
-) -> dict[str, float]:
-    """The step's losses from every rank's shares.
-
-    loss/<objective> = (1 / its micro-batches) * sum over micro-batches, stages, context ranks and (where tokens are
-    split over them) tensor ranks; loss = (1/M) * sum over objectives of weight * micro-batches * loss/<objective>.
-    One sum over the whole world: a share that every tensor rank holds is divided by their number first.
-    """
-    # Summed on the device: one copy to the host a step, not one a loss.
-    total = torch.zeros(len(names), dtype=torch.float64, device=torch.cuda.current_device())
-    for shares in losses:
-        for name, share in shares.items():
-            copies = 1 if "layer_" in name and recipe.parallel.sequence else groups.tp.size()
-            total[names.index(name)] += share.double() / copies
-    torch.distributed.all_reduce(total)  # the world: every rank holds shares of some micro-batch, stage or tokens
-    values = dict(zip(names, total.tolist(), strict=True))
-    step_loss = 0.0
-    reduced: dict[str, float] = {}
-    for objective, settings in recipe.objectives.items():
-        own = {n: v / settings.microbatches for n, v in values.items() if n.split("/")[1] == objective}
-        mean = math.fsum(own.values())
-        reduced |= {f"loss/{objective}": mean}
-        if objective == "short_restoration":
-            reduced |= own
-        step_loss += settings.weight * settings.microbatches * mean
-    return {"loss": step_loss / recipe.num_microbatches} | reduced
+def _by_number(key: Key) -> list[tuple[bool, int, str]]:
+    """layer_9 before layer_10."""
+    parts = re.split(r"(\d+)", f"{key[0]}/{key[1] or ''}")
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def first_non_finite(metrics: Mapping[str, Any]) -> str | None:
     """The name of the first loss or the gradient norm that is NaN or infinite."""
-    names = [n for n in metrics if n.startswith("loss/")] + ["loss", "grad_norm"]
+    names = [n for n in metrics if n.split("/")[0] == "loss"] + ["grad_norm"]
     return next((n for n in names if not math.isfinite(metrics[n])), None)
 
 
@@ -88,12 +95,16 @@ def peak_flops() -> float | None:
 
 @dataclass
 class MetricsWriter:
-    """metrics.jsonl, tensorboard/ and the console of a run; only rank 0 makes one."""
+    """metrics.jsonl, tensorboard/ and the console of a run; only rank 0 makes one.
+
+    console_losses: the metrics that a console line shows first.
+    """
 
     folder: Path
     num_steps: int
     first_step: int
     console: TextIO
+    console_losses: Collection[str]
     num_phases: int = 1
     _started: float = field(default_factory=time.perf_counter)
 
@@ -119,7 +130,7 @@ class MetricsWriter:
         losses = "  ".join(
             f"{name.removeprefix('loss/')} {value:.4f}"
             for name, value in metrics.items()
-            if name.startswith("loss") and "layer_" not in name
+            if name in self.console_losses
         )
         phase = f" (phase {metrics['phase']}/{self.num_phases})" if "phase" in metrics else ""
         print(

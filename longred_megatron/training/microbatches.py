@@ -9,38 +9,26 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longred_megatron.data.packing import Pack, PackedSequences
-from longred_megatron.data.sequences import IndexedSequences, SequenceSource
+from longred_megatron.data.sequences import SequenceSource
 from longred_megatron.errors import UserError
-from longred_megatron.kernels import positions
-from longred_megatron.recipe import Recipe
-from longred_megatron.recipe.schema import PackedDistillation, ShortToLong
-from longred_megatron.training.order import TOKEN_OBJECTIVES, microbatch_order, replica_indices
-
-NO_LOSS = -100  # the label of a token whose next one no loss asks for
+from longred_megatron.objectives.base import Batch, Objective
+from longred_megatron.recipe import Phase
+from longred_megatron.training.order import microbatch_order, replica_indices
 
 
-@dataclass(frozen=True)
-class MicroBatch:
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch(Batch):
     """n sequences of s tokens that one objective trains on."""
 
     index: int  # within the step, over all replicas
-    objective: str
-    tokens: Tensor  # [n, s] int64
-    labels: Tensor  # [n, s] int64: the next token; -100 where no loss asks for it
-    student_positions: Tensor  # [n, s] int64
-    teacher_positions: Tensor | None  # [n, s] int64; None where there is no teacher
-    num_valid_tokens: int  # N_i of the step loss: the tokens that the loss is averaged over
-    weight: float  # of the objective in the step loss
-    context_parallel: int | None  # ranks that share a sequence; None: all of the context-parallel group
-    documents: Sequence[Sequence[int]] | None = None  # their lengths in each sequence, where each sees only itself
+    objective: str  # its name in the recipe
+    settings: Objective
 
 
 class MicroBatchSource:
@@ -55,21 +43,18 @@ class MicroBatchSource:
     Raises: `UserError` with the problems of all data sets.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._settings = dict(recipe.objectives.items())
-        self._places = _places({name: settings.microbatches for name, settings in self._settings.items()})
-        self._sources: dict[str, SequenceSource[NDArray[np.int64]]] = {}
-        self._packs: dict[str, SequenceSource[Pack]] = {}
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        objectives, recipe = phase.recipe.objectives, phase.recipe
+        counts = {name: settings.microbatches for name, settings in objectives.items()}
+        self._places = _places(microbatch_order(counts, phase.needs))
+        self._sources: dict[str, SequenceSource[Any]] = {}
         problems: list[str] = []
-        for name, settings in self._settings.items():
+        for name, settings in objectives.items():
             seed = stable_hash(recipe.training.seed, "order", name, settings.data)
+            blend, length = recipe.data[settings.data], settings.sequence_length
             try:
-                blend, length = recipe.data[settings.data], settings.sequence_length
-                if isinstance(settings, PackedDistillation):
-                    self._packs[name] = SequenceSource(PackedSequences, blend, length, seed)
-                else:
-                    self._sources[name] = SequenceSource(IndexedSequences, blend, length, seed)
+                self._sources[name] = SequenceSource(settings.series(), blend, length, seed)
             except UserError as error:
                 problems += error.problems
         if problems:
@@ -81,69 +66,27 @@ class MicroBatchSource:
         return [self._build(step, index, *self._places[index]) for index in indices]
 
     def _build(self, step: int, index: int, objective: str, place: int) -> MicroBatch:
-        settings = self._settings[objective]
-        length = settings.sequence_length
-        num_sequences = self._recipe.step.tokens_per_microbatch // length
+        recipe = self._phase.recipe
+        settings = recipe.objectives[objective]
+        num_sequences = recipe.step.tokens_per_microbatch // settings.sequence_length
         first = ((step - 1) * settings.microbatches + place) * num_sequences
-        samples = range(first, first + num_sequences)
-        if isinstance(settings, PackedDistillation):
-            return self._build_packed(index, settings, [self._packs[objective][sample] for sample in samples])
-        texts = torch.from_numpy(np.stack([self._sources[objective][sample] for sample in samples]))  # [n, s + 1]
-        tokens = texts[:, :-1].clone()  # not a view: labels and tokens may be moved and saved apart
-        kind = settings.positions if isinstance(settings, ShortToLong) else "natural"
-        generator = torch.Generator().manual_seed(
-            stable_hash(self._recipe.training.seed, "positions", objective, step, place)
-        )
-        return MicroBatch(
-            index=index,
-            objective=objective,
-            tokens=tokens,
-            labels=texts[:, 1:].clone() if objective in TOKEN_OBJECTIVES else torch.full_like(tokens, NO_LOSS),
-            student_positions=positions.draw(
-                kind, num_sequences, length, self._recipe.model.max_position_embeddings, generator
-            ),
-            teacher_positions=positions.natural(num_sequences, length) if settings.needs_teacher else None,
-            num_valid_tokens=tokens.numel(),
-            weight=settings.weight,
-            context_parallel=settings.context_parallel,
-        )
-
-    def _build_packed(self, index: int, settings: PackedDistillation, packs: Sequence[Pack]) -> MicroBatch:
-        """A document's last token asks for no next one, nor does padding, which counts as one more document."""
-        tokens = torch.from_numpy(np.stack([pack.tokens for pack in packs]))
-        documents = [[*pack.lengths, length] if (length := pack.num_padding) else pack.lengths for pack in packs]
-        labels = tokens.roll(-1, dims=1)
-        position_ids = positions.natural(*tokens.shape)
-        for row, (pack, lengths) in enumerate(zip(packs, documents, strict=True)):
-            labels[row, np.cumsum(pack.lengths) - 1] = NO_LOSS
-            labels[row, len(pack.tokens) - pack.num_padding :] = NO_LOSS
-            if settings.restart_positions:
-                position_ids[row] = torch.cat([torch.arange(length) for length in lengths])
-        return MicroBatch(
-            index=index,
-            objective="packed_distillation",
-            tokens=tokens,
-            labels=labels,
-            student_positions=position_ids,
-            teacher_positions=position_ids if settings.needs_teacher else None,
-            num_valid_tokens=max(1, int((labels != NO_LOSS).sum())),
-            weight=settings.weight,
-            context_parallel=settings.context_parallel,
-            documents=documents if settings.mask_documents else None,
-        )
+        samples = [self._sources[objective][sample] for sample in range(first, first + num_sequences)]
+        seed = stable_hash(recipe.training.seed, "positions", objective, step, place)
+        batch = settings.batch(samples, torch.Generator().manual_seed(seed), self._phase.sites[objective])
+        return MicroBatch(**vars(batch), index=index, objective=objective, settings=settings)
 
     def padding_fractions(self) -> dict[str, float]:
         """Padding's share of the tokens of each packed data set, by prefix, estimated from its first block."""
-        sets = [packed for source in self._packs.values() for packed in source.sets]
-        return {packed.prefix: packed.padding_fraction() for packed in sets if isinstance(packed, PackedSequences)}
+        series = [each for source in self._sources.values() for each in source.sets]
+        return {each.prefix: share for each in series if (share := each.padding_fraction()) is not None}
 
 
-def open_data(recipes: Iterable[Recipe]) -> list[MicroBatchSource]:
-    """The data of each recipe, the phases of a run. Raises `UserError` with the problems of all."""
+def open_data(phases: Iterable[Phase]) -> list[MicroBatchSource]:
+    """The data of each phase of a run. Raises `UserError` with the problems of all."""
     sources, problems = [], []
-    for recipe in recipes:
+    for phase in phases:
         try:
-            sources.append(MicroBatchSource(recipe))
+            sources.append(MicroBatchSource(phase))
         except UserError as error:
             problems += error.problems
     if problems:
@@ -151,9 +94,8 @@ def open_data(recipes: Iterable[Recipe]) -> list[MicroBatchSource]:
     return sources
 
 
-def _places(counts: dict[str, int]) -> list[tuple[str, int]]:
+def _places(order: Sequence[str]) -> list[tuple[str, int]]:
     """For each micro-batch of a step: its objective, and its number (from 0) among those of the objective."""
-    order = microbatch_order(counts)
     return [(objective, order[:index].count(objective)) for index, objective in enumerate(order)]
 
 

@@ -1,33 +1,30 @@
 """Which objective each micro-batch of an optimizer step trains, and which replica trains it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-# What a loss compares: hidden states of layers, or next-token distributions.
-HIDDEN_STATE_OBJECTIVES = ("short_restoration", "short_to_long")
-TOKEN_OBJECTIVES = ("packed_distillation", "long_text")
-# Those of tokens last: with overlapped gradient reduction the last micro-batch has to touch every parameter, and only
-# they reach the output layer.
-OBJECTIVES = HIDDEN_STATE_OBJECTIVES + TOKEN_OBJECTIVES
+from longred_megatron.objectives.base import Needs
 
 
-def microbatch_order(counts: Mapping[str, int]) -> list[str]:
+def microbatch_order(counts: Mapping[str, int], needs: Mapping[str, Needs]) -> list[str]:
     """The objective of each of the M = sum(counts) micro-batches of one step, over all replicas.
 
-    The order is that of `OBJECTIVES`, whatever the order of `counts`. The step loss does not depend on it:
+    counts: micro-batches of each objective, by name. The order is by name, whatever that of `counts`, and objectives
+    that need the model's head come last: see `last_reach_all`. The step loss does not depend on it:
         (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over the N_i valid tokens of loss_o
     (LongReD's Eq. 18, with the mix of objectives as counts of micro-batches).
-
-    Raises ValueError for an unknown objective, a negative count, or no micro-batch at all.
     """
-    for objective, count in counts.items():
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective {objective!r} is not known; choose among {', '.join(OBJECTIVES)}")
-        if count < 0:
-            raise ValueError(f"objective {objective!r} has {count} micro-batches; give 0 or more")
-    order = [objective for objective in OBJECTIVES for _ in range(counts.get(objective, 0))]
-    if not order:
-        raise ValueError("a step needs at least one micro-batch; every objective has 0")
-    return order
+    names = sorted(counts, key=lambda name: (needs[name].student_head, name))
+    return [name for name in names for _ in range(counts[name])]
+
+
+def last_reach_all(order: Sequence[str], needs: Mapping[str, Needs], num_replicas: int) -> bool:
+    """Whether the last micro-batch of every replica reaches every parameter once, as overlapped reduction needs.
+
+    Only those with a head reach the output layer. A value of a layer's attention is computed a second time from the
+    layer's input, so that its parameters get two gradients in one micro-batch.
+    """
+    last = [needs[name] for name in order[-num_replicas:]]
+    return all(each.student_head and all(tap.what == "hidden" for tap in each.pairs) for each in last)
 
 
 def replica_indices(num_microbatches: int, replica: int, num_replicas: int) -> list[int]:

@@ -5,7 +5,6 @@ three of the last. What is wrong with a recipe, a layout or the project on it sh
 queue.
 """
 
-import copy
 import json
 import logging
 import math
@@ -26,21 +25,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import UserError
+from longred_megatron.families import Architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import (
-    Architecture,
-    Recipe,
-    check_phases,
-    dump_recipe,
-    load_recipe,
-    phases_summary,
-    read_architecture,
-    read_phases,
-)
+from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, load_recipe, phases_summary, read_phases
+from longred_megatron.settings import Mark, convert_marked
 from longred_megatron.training.metrics import memory
 from longred_megatron.training.microbatches import open_data
-from longred_megatron.training.run import Run, train
+from longred_megatron.training.run import PhaseRun, train
 
 MAX_RANKS = 16
 RANKS_WITH_TWO_REPLICAS = 8  # at most; larger worlds are rehearsed with one
@@ -76,7 +68,7 @@ def rehearse(recipe: Recipe) -> None:
         print("".join(f"  {change}\n" for change in rehearsal.changes))
         small = rehearsal.recipe
         phases = read_phases(small)
-        print(phases_summary(phases, read_architecture(small.model.hf), rehearsal.num_ranks), flush=True)
+        print(phases_summary(phases, rehearsal.num_ranks), flush=True)
         path = folder / "recipe.yaml"
         path.write_text(dump_recipe(small))
         try:
@@ -101,7 +93,7 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     Kept: objectives, micro-batches, weights, layers, depth, pipeline and virtual pipeline, recompute, the ratio of
     attention heads to key/value heads, which lengths are multiples of which.
     """
-    source, parallel, changes = read_architecture(recipe.model.hf), recipe.parallel, []
+    parallel, changes = recipe.parallel, []
     while parallel.tensor * parallel.pipeline * parallel.context > MAX_RANKS:
         name = "tensor" if parallel.tensor > 2 else "context"
         size = getattr(parallel, name)
@@ -116,17 +108,20 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     replicas = 2 if 2 * ranks <= RANKS_WITH_TWO_REPLICAS else 1
     resized = recipe.model_copy(update={"parallel": parallel})
     phases = read_phases(resized)
-    problems = check_phases(phases, source, ranks * replicas, gpu=True)
+    problems = check_phases(phases, ranks * replicas, gpu=True)
     if replicas == 2 and problems:  # the step's micro-batches may suit one replica only
         replicas = 1
-        problems = check_phases(phases, source, ranks, gpu=True)
+        problems = check_phases(phases, ranks, gpu=True)
     if problems:
         raise UserError(*problems)
     changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
 
-    factor = min(_length_factor(phase.recipe, source, phase.teacher) for phase in phases)  # powers of two
+    factor = min(_length_factor(phase) for phase in phases)  # powers of two
     changes.append(f"all lengths and windows: divided by {factor}")
-    models = {recipe.model.hf: source} | {p.recipe.teacher.hf: p.teacher for p in phases if p.teacher}
+    source = phases[0].source
+    models = {recipe.model.hf: source}
+    for phase in phases:
+        models |= phase.teachers
     # One width for models of one width, which transformers takes for the heads of each.
     multiple = math.lcm(*(_num_heads(architecture, parallel.tensor) for architecture in models.values()))
     small = {
@@ -135,7 +130,7 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     }
     width = f"{source.hidden_size} -> {_hidden_size(source, multiple)}"
     changes.append(f"widths: hidden {width}, heads of {HEAD_DIM}, random weights")
-    longest = max(settings.sequence_length for phase in phases for _, settings in phase.recipe.objectives.items())
+    longest = max(settings.sequence_length for phase in phases for settings in phase.recipe.objectives.values())
     for i in range(max(len(blend) for phase in phases for blend in phase.recipe.data.values())):
         _write_texts(folder / f"texts-{i}", longest // factor)
     values = _shrunk(resized.model_dump(mode="json"), small, factor, folder)
@@ -154,16 +149,13 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
 
 def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder: Path) -> dict[str, Any]:
     """A recipe's values, or a phase's changes, with the small models and texts of `folder`, lengths divided."""
-    values = copy.deepcopy(values)
-    for section, key in (("model", "hf"), ("teacher", "hf")):
-        if key in (values.get(section) or {}):
-            values[section][key] = str(models.get(values[section][key], folder / "model-0"))
-    objectives = [settings for settings in values.get("objectives", {}).values() if settings]
-    lengths = {"max_position_embeddings", "tokens_per_microbatch", "sequence_length"}
-    for settings in (values.get("model", {}), values.get("step", {}), *objectives):
-        settings |= {key: settings[key] // factor for key in lengths & settings.keys()}
-        if settings.get("top_k"):
-            settings["top_k"] = min(settings["top_k"], VOCABULARY // 2)
+    changes: dict[Mark, Callable[[Any], Any]] = {
+        Mark.PATH: lambda path: str(models.get(path, path)),
+        Mark.TOKENS: lambda length: length and max(1, length // factor),
+        Mark.ENTRIES: lambda entries: entries and min(entries, VOCABULARY // 2),
+    }
+    for mark, change in changes.items():
+        values = convert_marked(values, Recipe, mark, change)
     for name, blend in values.get("data", {}).items():
         values["data"][name] = blend and {str(folder / f"texts-{i}"): w for i, w in enumerate(blend.values())}
     if "warmup_steps" in values.get("optimizer", {}):
@@ -171,19 +163,19 @@ def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder
     return values
 
 
-def _length_factor(recipe: Recipe, source: Architecture, teacher: Architecture | None) -> int:
+def _length_factor(phase: Phase) -> int:
     """The largest power of two by which every length can be divided."""
-    parallel = recipe.parallel
-    lengths = [settings.sequence_length for _, settings in recipe.objectives.items()]
-    windows = [recipe.model.max_position_embeddings, source.max_position_embeddings]
-    windows += [teacher.max_position_embeddings] if teacher else []
+    recipe, parallel = phase.recipe, phase.recipe.parallel
+    lengths = [settings.sequence_length for settings in recipe.objectives.values()]
+    windows = [recipe.model.max_position_embeddings, phase.source.max_position_embeddings]
+    windows += [teacher.max_position_embeddings for teacher in phase.teachers.values()]
     tokens = recipe.step.tokens_per_microbatch
 
     def fits(factor: int) -> bool:
         whole = all(length % factor == 0 for length in (*lengths, *windows, tokens))
         cut = all(
-            settings.context_parallel == 1 or settings.sequence_length // factor % (2 * parallel.context) == 0
-            for _, settings in recipe.objectives.items()
+            settings.whole_sequences or settings.sequence_length // factor % (2 * parallel.context) == 0
+            for settings in recipe.objectives.values()
         )
         split = tokens // factor % (parallel.context * parallel.tensor) == 0
         return whole and cut and split and min(lengths) // factor >= SHORTEST_SEQUENCE
@@ -249,27 +241,29 @@ def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:
         join(f"world-{steps}")
         recipe = load_recipe(path, [f"{key}={steps}"])
         phases, groups = read_phases(recipe), initialize(recipe.parallel, recipe.training.seed)
-        data = open_data(phase.recipe for phase in phases)
-        run = train(recipe, read_architecture(recipe.model.hf), phases, data, groups)
+        run = train(recipe, phases, open_data(phases), groups)
         rank = torch.distributed.get_rank()
         (folder / f"rank-{rank}.json").write_text(json.dumps(_description(run)))
         destroy()
 
 
-def _description(run: Run) -> dict[str, str]:
+def _description(run: PhaseRun) -> dict[str, str]:
     """This rank's place and part, as a row of the report."""
-    groups, step = run.groups, run.train_step
+    groups, phase = run.groups, run.phase
     place = {name: getattr(groups, name).rank() for name in ("tp", "pp", "cp", "dp")}
-    ends = [name for name in ("pre_process", "post_process") if any(getattr(stage, name) for stage in run.stages)]
-    held = {number for stage in run.stages for number in stage.layer_numbers()}
-    taught = sorted(held & {number for layers in step.layers.values() for number in layers})
+    ends = [name for name in ("pre_process", "post_process") if any(getattr(chunk, name) for chunk in run.chunks)]
+    held = {number for chunk in run.chunks for number in chunk.layer_numbers()}
+    compared = {tap.layer for needs in phase.needs.values() for tap in needs.pairs}
+    if any(needs.teacher_head for needs in phase.needs.values()):
+        compared.add(phase.source.num_layers)
     parts = {"pre_process": "embedding", "post_process": "head"}
+    teachers = [_spans(chunk.layer_numbers()) for chunks in run.train_step.teachers.values() for chunk in chunks]
     return {
         **{name: str(rank) for name, rank in place.items()},
-        "layers": ", ".join([*(_spans(stage.layer_numbers()) for stage in run.stages), *(parts[end] for end in ends)]),
-        "teacher layers": ", ".join(_spans(stage.layer_numbers()) for stage in step.teacher) or "none",
-        "compares": ", ".join(map(str, taught)) or "none",
-        "parameters": f"{sum(p.numel() for stage in run.stages for p in stage.parameters()):,}",
+        "layers": ", ".join([*(_spans(chunk.layer_numbers()) for chunk in run.chunks), *(parts[end] for end in ends)]),
+        "teacher layers": ", ".join(teachers) or "none",
+        "compares": ", ".join(map(str, sorted(held & compared))) or "none",
+        "parameters": f"{sum(p.numel() for chunk in run.chunks for p in chunk.parameters()):,}",
         "peak memory": f"{memory()['memory/peak_resident_bytes'] / 2**20:,.0f} MiB",
     }
 

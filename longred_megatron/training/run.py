@@ -16,32 +16,32 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.errors import UserError
+from longred_megatron.families import Architecture
 from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
-from longred_megatron.recipe import Architecture, Phase, Recipe, dump_recipe, rope_extension
+from longred_megatron.recipe import Phase, Recipe, dump_recipe
+from longred_megatron.recipe.checks import rope_extension
 from longred_megatron.rope.scaling import extended_rope
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
 from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
-from longred_megatron.training.order import microbatch_order
+from longred_megatron.training.order import last_reach_all, microbatch_order
 from longred_megatron.training.signals import StopRequest
-from longred_megatron.training.step import TrainStep, compared_layers, every_replica_ends_on_tokens, wants_teacher_head
+from longred_megatron.training.step import TrainStep
 from longred_megatron.training.watchdog import Watchdog
 
 
 @dataclass
-class Run:
+class PhaseRun:
     """What one rank holds of a phase of a run."""
 
-    recipe: Recipe
-    source: Architecture  # of model.hf, as released
-    student: Architecture  # the same with the longer window
-    teacher: Architecture | None
+    phase: Phase
+    student: Architecture  # of model.hf with the longer window
     data: MicroBatchSource
     groups: ProcessGroupCollection
-    stages: list[Stage]
+    chunks: list[Stage]
     optimizer: MegatronOptimizer
     train_step: TrainStep
 
@@ -56,69 +56,59 @@ def extended_architecture(recipe: Recipe, source: Architecture) -> Architecture:
     return replace(source, rope=rope, max_position_embeddings=recipe.model.max_position_embeddings)
 
 
-def build(
-    recipe: Recipe,
-    source: Architecture,
-    teacher: Architecture | None,
-    data: MicroBatchSource,
-    groups: ProcessGroupCollection,
-) -> Run:
-    """Builds student, teacher (None: no objective needs one) and optimizer, with their initial weights."""
-    student = extended_architecture(recipe, source)
-    stages = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
-    huggingface.load_weights(stages, recipe.model.hf, student, groups)
-    teacher_stages = build_teacher(recipe, teacher, student, groups) if teacher is not None else []
+def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) -> PhaseRun:
+    """Builds student, teachers and optimizer, with their initial weights."""
+    recipe = phase.recipe
+    student = extended_architecture(recipe, phase.source)
+    chunks = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
+    huggingface.load_weights(chunks, recipe.model.hf, student, groups)
+    teachers = {hf: build_teacher(phase, hf, student, groups) for hf in phase.teachers}
 
-    order = microbatch_order({name: o.microbatches for name, o in recipe.objectives.items()})
-    overlap = torch.cuda.is_available() and every_replica_ends_on_tokens(order, groups.dp.size())
-    chunks = data_parallel(stages, groups, overlap)
-    optimizer = build_optimizer(recipe.optimizer, recipe.precision, chunks)
-    step = TrainStep(recipe, chunks, teacher_stages, optimizer, groups)
-    return Run(recipe, source, student, teacher, data, groups, stages, optimizer, step)
+    counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
+    reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
+    wrapped = data_parallel(chunks, groups, overlap=torch.cuda.is_available() and reach_all)
+    optimizer = build_optimizer(recipe.optimizer, recipe.precision, wrapped)
+    return PhaseRun(
+        phase, student, data, groups, chunks, optimizer, TrainStep(phase, wrapped, teachers, optimizer, groups)
+    )
 
 
-def build_teacher(
-    recipe: Recipe, teacher: Architecture, student: Architecture, groups: ProcessGroupCollection
-) -> list[Stage]:
-    """The frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
-    objective wants, with a head where one needs it.
+def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection) -> list[Stage]:
+    """A frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
+    objective needs of it, with a head where one does.
 
     It lives outside the student's modules, optimizer and checkpoints.
     """
+    recipe, teacher = phase.recipe, phase.teachers[hf]
     parallel = recipe.parallel.for_depth(teacher.num_layers)
     # Untied: Megatron would synchronise a tied head with the embedding of the first stage; this one is only read. Both
     # heads are cut alike, so that a tensor rank holds the same entries of both.
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
-    stages = build_stages(untied, parallel, recipe.precision, groups, vocab_rows=rows)
-    for stage in stages:
-        stage.truncate(teacher_depth(recipe, teacher), keep_head=wants_teacher_head(recipe))
-        stage.eval().requires_grad_(False)
-    huggingface.load_weights(stages, recipe.teacher.hf, teacher, groups)
-    return stages
-
-
-def teacher_depth(recipe: Recipe, teacher: Architecture) -> int:
-    """The deepest layer whose hidden states any objective wants."""
-    layers = compared_layers(recipe, teacher.num_layers, teacher.num_layers)
-    return max(max(numbers.values()) for numbers in layers.values())
+    chunks = build_stages(untied, parallel, recipe.precision, groups, vocab_rows=rows)
+    needs = phase.taught_by(hf).values()
+    depth, keep_head = max(n.teacher_depth(teacher.num_layers) for n in needs), any(n.teacher_head for n in needs)
+    for chunk in chunks:
+        chunk.truncate(depth, keep_head)
+        chunk.eval().requires_grad_(False)
+    huggingface.load_weights(chunks, hf, teacher, groups)
+    return chunks
 
 
 def train(
-    recipe: Recipe,
-    source: Architecture,
-    phases: Sequence[Phase],
-    data: Sequence[MicroBatchSource],
-    groups: ProcessGroupCollection,
-) -> Run:
+    whole: Recipe, phases: Sequence[Phase], data: Sequence[MicroBatchSource], groups: ProcessGroupCollection
+) -> PhaseRun:
     """Trains phase by phase, from the newest checkpoint in the run folder or from the start, and exports.
 
     Each phase is built anew and goes on from the checkpoint of the step before. Returns the last one.
+
+    Args:
+        whole: the recipe of the run, which the phases' are made from; data: of each phase.
 
     Raises:
         UserError: a loss or gradient is not finite, or the disk is full.
         SystemExit: 128 + signal number, after a checkpoint, when asked to stop.
     """
-    rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), recipe.run.dir
+    rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), whole.run.dir
     done, run, watchdog = _newest_step(folder), None, None
     first = done + 1
     with ExitStack() as until_the_end:
@@ -129,57 +119,58 @@ def train(
                 watchdog.progress(f"building phase {phase.number}")
             run = None
             gc.collect()  # makes room: the parts of the former phase refer to each other
-            run = build(phase.recipe, source, phase.teacher, own_data, groups)
+            run = build(phase, own_data, groups)
             if watchdog is None:  # not before: the weights may be missing or broken, and then nothing has been written
                 if rank == 0:
-                    run_folder.write(folder / "recipe.yaml", dump_recipe(recipe))
-                patience_seconds = 60 * recipe.training.hang_minutes
+                    run_folder.write(folder / "recipe.yaml", dump_recipe(whole))
+                patience_seconds = 60 * whole.training.hang_minutes
                 watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, patience_seconds)
                 until_the_end.enter_context(watchdog)
-            _train_phase(run, recipe, phases, phase, done, watchdog)
+            _train_phase(run, whole, phases, done, watchdog)
             done = phase.last_step
         assert run is not None and watchdog is not None  # the last phase is never passed over
         watchdog.progress("the export")
-        _export(run, recipe, first, done)
+        _export(run, whole, first, done)
     return run
 
 
-def _train_phase(
-    run: Run, recipe: Recipe, phases: Sequence[Phase], phase: Phase, done: int, watchdog: Watchdog
-) -> None:
-    """Trains the steps of `phase` after step `done`, whose checkpoint it loads. `recipe` is the whole run's."""
-    folder = recipe.run.dir
-    teacher_layers = run.teacher and teacher_depth(run.recipe, run.teacher)
-    flops = step_flops(run.recipe, run.student, run.teacher, teacher_layers or 0)
+def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: int, watchdog: Watchdog) -> None:
+    """Trains the steps of a phase after step `done`, whose checkpoint it loads."""
+    folder, phase = whole.run.dir, run.phase
+    flops = step_flops(phase)
+    reduce_losses = m.LossReducer(phase.recipe.objectives, run.groups)
     watchdog.progress("loading the checkpoint")
     if done:
-        distributed.load(run_folder.checkpoint_path(folder, done), run.stages, run.optimizer)
+        distributed.load(run_folder.checkpoint_path(folder, done), run.chunks, run.optimizer)
     last, first = phases[-1].last_step, done + 1
-    writer = m.MetricsWriter(folder, last, first, sys.stdout, len(phases)) if run.is_main else None
+    shown = ("loss", *(f"loss/{name}" for name in phase.recipe.objectives))
+    writer = m.MetricsWriter(folder, last, first, sys.stdout, shown, len(phases)) if run.is_main else None
     with StopRequest() as stop, closing(writer) if writer else nullcontext():
         for step, microbatches in _prefetched(run, first, phase.last_step):
             watchdog.progress(f"step {step}")
-            metrics = {"step": step} | ({"phase": phase.number} if recipe.phases else {})
-            metrics |= _one_step(run, phase, step, microbatches, flops)
-            _check_finite(metrics, folder)
+            metrics = {"step": step} | ({"phase": phase.number} if whole.phases else {})
+            metrics |= _one_step(run, step, microbatches, reduce_losses, flops)
+            _check_finite(metrics, shown, folder)
             if writer:
                 writer.write(metrics)
-            if step == phase.last_step or step % recipe.training.checkpoint_every_steps == 0:
-                _save(run, recipe, step, watchdog)
+            if step == phase.last_step or step % whole.training.checkpoint_every_steps == 0:
+                _save(run, whole, step, watchdog)
             if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
-                _save(run, recipe, step, watchdog)
+                _save(run, whole, step, watchdog)
                 raise SystemExit(128 + signal)
 
 
-def _one_step(run: Run, phase: Phase, step: int, microbatches: list[MicroBatch], flops: float) -> dict[str, Any]:
-    recipe, groups, own_step = run.recipe, run.groups, step - phase.steps_before
+def _one_step(
+    run: PhaseRun, step: int, microbatches: list[MicroBatch], reduce_losses: m.LossReducer, flops: float
+) -> dict[str, Any]:
+    phase, groups = run.phase, run.groups
+    recipe, own_step = phase.recipe, step - phase.steps_before
     rate = set_hyperparameters(run.optimizer, recipe.optimizer, own_step, recipe.training.steps)
     if recipe.debug.dump_microbatches and groups.mp.rank() == 0 and groups.cp.rank() == 0:
         dump(microbatches, recipe.debug.dump_microbatches, step=step, replica=groups.dp.rank())
     started = time.perf_counter()
     result = run.train_step(microbatches)
-    names = m.loss_names(run.train_step.layers, [name for name, _ in recipe.objectives.items()])
-    losses = m.reduce_losses(result.losses, names, recipe, groups)  # waits for the device: the step is over
+    losses = reduce_losses(microbatches, result.terms)  # waits for the device: the step is over
     seconds = time.perf_counter() - started
     tokens, peak = recipe.num_microbatches * recipe.step.tokens_per_microbatch, m.peak_flops()
     return {
@@ -195,7 +186,7 @@ def _one_step(run: Run, phase: Phase, step: int, microbatches: list[MicroBatch],
     }
 
 
-def _prefetched(run: Run, first: int, last: int) -> Iterator[tuple[int, list[MicroBatch]]]:
+def _prefetched(run: PhaseRun, first: int, last: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches of this replica); those of the next step are read while the current one trains."""
     dp = run.groups.dp
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
@@ -208,13 +199,13 @@ def _prefetched(run: Run, first: int, last: int) -> Iterator[tuple[int, list[Mic
             yield step, microbatches
 
 
-def _check_finite(metrics: dict[str, Any], folder: Path) -> None:
+def _check_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> None:
     name = m.first_non_finite(metrics)
     if name is None:
         return
     what = f"{name} is {metrics[name]}"
     if name == "grad_norm":
-        losses = ", ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k.startswith("loss/") and "layer_" not in k)
+        losses = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         what += f" (losses are finite: {losses})"
     saved = run_folder.checkpoints(folder)
     good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
@@ -240,25 +231,25 @@ def _newest_step(folder: Path) -> int:
     return 0
 
 
-def _save(run: Run, recipe: Recipe, step: int, watchdog: Watchdog) -> None:
+def _save(run: PhaseRun, whole: Recipe, step: int, watchdog: Watchdog) -> None:
     watchdog.progress(f"the checkpoint of step {step}")
-    path = run_folder.checkpoint_path(run.recipe.run.dir, step)
+    path = run_folder.checkpoint_path(whole.run.dir, step)
     if not path.exists():
         description = {
             "architecture": asdict(run.student),
-            "source_hf": str(run.recipe.model.hf),
-            "dtype": run.recipe.precision.params,
+            "source_hf": str(whole.model.hf),
+            "dtype": whole.precision.params,
             "step": step,
         }
-        files = {"recipe.yaml": dump_recipe(recipe)}
-        distributed.save(path, run.stages, description, run.optimizer, files)
+        files = {"recipe.yaml": dump_recipe(whole)}
+        distributed.save(path, run.chunks, description, run.optimizer, files)
     if run.is_main:
-        run_folder.prune_checkpoints(run.recipe.run.dir, run.recipe.training.keep_checkpoints)
+        run_folder.prune_checkpoints(whole.run.dir, whole.training.keep_checkpoints)
 
 
-def _export(run: Run, recipe: Recipe, first: int, last: int) -> None:
+def _export(run: PhaseRun, whole: Recipe, first: int, last: int) -> None:
     """Writes the model to run.dir/hf. An export of an earlier end of this run, before step `first`, is kept aside."""
-    output = run.recipe.run.dir / "hf"
+    output = whole.run.dir / "hf"
     is_there = output.exists()
     torch.distributed.barrier()  # the world: every rank has looked before the first one renames it
     if is_there:
@@ -270,15 +261,15 @@ def _export(run: Run, recipe: Recipe, first: int, last: int) -> None:
             output.rename(output.with_name(f"hf-step-{first - 1:06}"))
         torch.distributed.barrier()  # the world: every rank checks that the name is free
     huggingface.export(
-        run.stages,
-        run.recipe.model.hf,
+        run.chunks,
+        whole.model.hf,
         output,
-        run.source,
+        run.phase.source,
         run.groups,
         rope=run.student.rope,
         max_position_embeddings=run.student.max_position_embeddings,
-        dtype=DTYPES[run.recipe.precision.params],
-        recipe_text=dump_recipe(recipe),
+        dtype=DTYPES[whole.precision.params],
+        recipe_text=dump_recipe(whole),
     )
     if run.is_main:
         print(f"exported the model to {output}")

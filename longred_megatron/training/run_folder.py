@@ -9,17 +9,11 @@ import yaml
 
 from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.errors import UserError
-from longred_megatron.recipe import Recipe, dump_recipe
+from longred_megatron.recipe import Recipe, dump_recipe, load_recipe
+from longred_megatron.settings import Mark, marked_keys
 
 # What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
-_FREE_SECTIONS = ("parallel", "debug")
-_FREE_KEYS = (
-    "training.recompute",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.hang_minutes",
-)
-
+_FREE_KEYS = tuple(marked_keys(Recipe, Mark.FREE))
 
 RANKS = "ranks"  # what each rank is doing, see `watchdog`
 
@@ -44,7 +38,8 @@ def check_run_folder(recipe: Recipe) -> None:
         if any(path.name != RANKS for path in folder.iterdir()):
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
-    old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(), dump_recipe(recipe)))
+    # Both as this version writes them: the stored one may be of an earlier version, with older names of keys.
+    old, new = (_flat(yaml.safe_load(dump_recipe(each))) for each in (load_recipe(stored), recipe))
     # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
     length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
     changed = [
@@ -98,4 +93,4 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _is_free(key: str) -> bool:
     key = re.sub(r"^phases\[\d+\]\.", "", key)
-    return key in _FREE_KEYS or key.split(".")[0] in _FREE_SECTIONS
+    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)

@@ -15,9 +15,9 @@ from longred_megatron.checkpoint import huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import same_bits, verify
 from longred_megatron.errors import UserError
+from longred_megatron.families import read_architecture
+from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import build_stages
-from longred_megatron.recipe import read_architecture
-from longred_megatron.recipe.schema import Parallel, Precision
 from longred_megatron.rope.scaling import extended_rope
 from tests.checkpoint.small_models import LINEAR_ROPE, LLAMA3_ROPE, MODELS, YARN_ROPE, edit_json, write_model
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
+from longred_megatron.families import Architecture, read_architecture
+from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import Stage, build_stages
-from longred_megatron.recipe import Architecture, read_architecture
-from longred_megatron.recipe.schema import Optimizer, Parallel, Precision
+from longred_megatron.recipe.schema import Optimizer
 from longred_megatron.training.optimizer import build_optimizer, data_parallel
 
 MIB = 2**20

@@ -11,8 +11,8 @@ from longred_megatron.checkpoint.weight_map import (
     outer_rules,
     tensor_shapes,
 )
+from longred_megatron.families import read_architecture
 from longred_megatron.model.stage import padded_vocab_size
-from longred_megatron.recipe import read_architecture
 from tests.checkpoint.small_models import MODELS
 
 

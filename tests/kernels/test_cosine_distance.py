@@ -4,8 +4,8 @@ from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longred_megatron.kernels import cosine_distance
-from longred_megatron.kernels.cosine_distance import restoration_loss
+from longred_megatron.kernels import cosine_distance as kernel
+from longred_megatron.kernels.cosine_distance import cosine_distance
 
 
 def hidden_states(tokens: int, hidden: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def reference(student: torch.Tensor, teacher: torch.Tensor, scale: float) -> tup
 def chunk_tokens(request, monkeypatch):
     """Chunks of this many tokens of 24 numbers; None: the module's own."""
     if request.param:
-        monkeypatch.setattr(cosine_distance, "CHUNK_BYTES", request.param * 4 * 24)
+        monkeypatch.setattr(kernel, "CHUNK_BYTES", request.param * 4 * 24)
     return request.param
 
 
@@ -35,7 +35,7 @@ def test_loss_and_gradient_equal_cosine_similarity(dtype, tolerance, chunk_token
     student, teacher = (hidden_states(13, 24, dtype, seed) for seed in (0, 1))
     expected, expected_gradient = reference(student, teacher, scale=0.7)
     student.requires_grad_()
-    loss = restoration_loss(student, teacher)
+    loss = cosine_distance(student, teacher)
     (0.7 * loss).backward()
     assert loss.dtype == dtype and loss.shape == ()
     torch.testing.assert_close(loss.detach(), expected, rtol=tolerance, atol=0)
@@ -46,7 +46,7 @@ def test_loss_and_gradient_equal_cosine_similarity(dtype, tolerance, chunk_token
 
 def test_gradient_is_the_derivative():
     student, teacher = (hidden_states(5, 7, torch.float64, seed) for seed in (2, 3))
-    assert torch.autograd.gradcheck(lambda s: restoration_loss(s, teacher), student.requires_grad_())
+    assert torch.autograd.gradcheck(lambda s: cosine_distance(s, teacher), student.requires_grad_())
 
 
 def test_zero_states_count_as_orthogonal_and_keep_everything_finite():
@@ -54,7 +54,7 @@ def test_zero_states_count_as_orthogonal_and_keep_everything_finite():
     student[1], teacher[2] = 0, 0
     expected, expected_gradient = reference(student, teacher, scale=1.0)
     student.requires_grad_()
-    loss = restoration_loss(student, teacher)
+    loss = cosine_distance(student, teacher)
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected)
     torch.testing.assert_close(student.grad, expected_gradient)
@@ -65,7 +65,7 @@ def test_bf16_is_computed_in_fp32_and_the_gradient_comes_back_in_bf16(chunk_toke
     student, teacher = (hidden_states(64, 24, torch.bfloat16, seed) for seed in (6, 7))
     expected, expected_gradient = reference(student.float(), teacher.float(), scale=1.0)
     student.requires_grad_()
-    loss = restoration_loss(student, teacher)
+    loss = cosine_distance(student, teacher)
     loss.backward()
     assert loss.dtype == torch.float32 and student.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=0)
@@ -75,18 +75,18 @@ def test_bf16_is_computed_in_fp32_and_the_gradient_comes_back_in_bf16(chunk_toke
 
 def test_bounds_and_scale_invariance():
     states = hidden_states(9, 24, torch.float32, 8)
-    assert restoration_loss(states, 3 * states).abs() < 1e-5
-    torch.testing.assert_close(restoration_loss(states, -states), torch.tensor(18.0))
+    assert cosine_distance(states, 3 * states).abs() < 1e-5
+    torch.testing.assert_close(cosine_distance(states, -states), torch.tensor(18.0))
 
 
 def test_the_teacher_gets_no_gradient():
     student, teacher = (hidden_states(3, 24, torch.float32, seed).requires_grad_() for seed in (0, 1))
-    restoration_loss(student, teacher).backward()
+    cosine_distance(student, teacher).backward()
     assert teacher.grad is None and student.grad is not None
 
 
 def test_only_the_inputs_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
-    monkeypatch.setattr(cosine_distance, "CHUNK_BYTES", 8 * 4 * 24)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 8 * 4 * 24)
     student, teacher = (hidden_states(64, 24, torch.bfloat16, seed) for seed in (0, 1))
     student.requires_grad_()
     saved: list[torch.Tensor] = []
@@ -102,7 +102,7 @@ def test_only_the_inputs_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
             return result
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), LargestFp32():
-        restoration_loss(student, teacher).backward()
+        cosine_distance(student, teacher).backward()
     assert [tensor.data_ptr() for tensor in saved] == [student.data_ptr(), teacher.data_ptr()]
     assert largest_fp32 == 8 * 24
 
@@ -110,9 +110,9 @@ def test_only_the_inputs_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
 def test_no_gradient_is_made_under_no_grad():
     student, teacher = (hidden_states(3, 24, torch.float32, seed).requires_grad_() for seed in (0, 1))
     with torch.no_grad():
-        assert not restoration_loss(student, teacher).requires_grad
+        assert not cosine_distance(student, teacher).requires_grad
 
 
 def test_different_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\[3, 1, 24\] and teacher \[3, 1, 16\]"):
-        restoration_loss(torch.ones(3, 1, 24), torch.ones(3, 1, 16))
+        cosine_distance(torch.ones(3, 1, 24), torch.ones(3, 1, 16))

@@ -16,7 +16,7 @@ from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import load_recipe
-from longred_megatron.training.metrics import loss_names, reduce_losses
+from longred_megatron.training.metrics import LossReducer
 from longred_megatron.training.optimizer import set_hyperparameters
 from tests.layouts.sabotage import SABOTAGE
 from tests.training.workspace import build_run
@@ -99,24 +99,25 @@ def _train(case: Case, output: Path) -> None:
     groups = initialize(recipe.parallel, seed=1)
     run = build_run(case.recipe, groups, *case.overrides)
     if case.resume:
-        distributed.load(case.resume, run.stages, run.optimizer)
+        distributed.load(case.resume, run.chunks, run.optimizer)
         if case.save:
-            distributed.save(case.save, run.stages, {}, run.optimizer)
+            distributed.save(case.save, run.chunks, {}, run.optimizer)
     metrics: list[dict[str, Any]] = []
+    reduce_losses = LossReducer(recipe.objectives, groups)
     for step in case.steps:
         set_hyperparameters(run.optimizer, recipe.optimizer, step, recipe.training.steps)
-        result = run.train_step(run.data.step(step, groups.dp.rank(), groups.dp.size()))
-        names = loss_names(run.train_step.layers, [name for name, _ in recipe.objectives.items()])
-        losses = reduce_losses(result.losses, names, recipe, groups)
+        microbatches = run.data.step(step, groups.dp.rank(), groups.dp.size())
+        result = run.train_step(microbatches)
+        losses = reduce_losses(microbatches, result.terms)
         metrics.append(losses | {"grad_norm": result.grad_norm})
         if case.save and not case.resume and step == case.steps[0]:
-            distributed.save(case.save, run.stages, {}, run.optimizer)
+            distributed.save(case.save, run.chunks, {}, run.optimizer)
     if torch.distributed.get_rank() == 0:
         (output / "metrics.json").write_text(json.dumps(metrics))
     if groups.dp.rank() == 0 and groups.cp.rank() == 0:
         tensors = {
             name: tensor.clone()
-            for part in huggingface.full_tensors(run.stages, run.student, groups)
+            for part in huggingface.full_tensors(run.chunks, run.student, groups)
             for name, tensor in part.items()
         }
         if groups.tp.rank() == 0:

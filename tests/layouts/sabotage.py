@@ -9,7 +9,9 @@ from unittest.mock import patch
 
 import torch
 
-from longred_megatron.model import attention, injection
+from longred_megatron.model import attention, injection, stage
+from longred_megatron.objectives.base import Term
+from longred_megatron.objectives.relations import Relations
 from longred_megatron.training import metrics, step
 from longred_megatron.training.microbatches import MicroBatch
 
@@ -52,11 +54,11 @@ def weight_of_another_microbatch() -> Iterator[None]:
 def loss_counted_per_tensor_rank() -> Iterator[None]:
     """The share that every tensor rank holds of a loss is summed over them."""
 
-    def faulty(losses: Any, names: Any, recipe: Any, groups: Any) -> dict[str, float]:
-        return reduce(losses, names, recipe, SimpleNamespace(tp=groups.cp))  # of one rank here
+    def faulty(self: metrics.LossReducer, objectives: Any, groups: Any) -> None:
+        initialize(self, objectives, SimpleNamespace(tp=groups.cp))  # of one rank here
 
-    reduce = metrics.reduce_losses
-    with patch("tests.layouts.ranks.reduce_losses", faulty):
+    initialize = metrics.LossReducer.__init__
+    with patch.object(metrics.LossReducer, "__init__", faulty):
         yield
 
 
@@ -75,8 +77,6 @@ def gradient_of_context_ranks_lost() -> Iterator[None]:
 @contextmanager
 def neighbours_swapped() -> Iterator[None]:
     """Megatron's default for two interleaved stages: both neighbours are one rank, and messages have no names."""
-    from longred_megatron.model import stage
-
     build = stage.transformer_config
 
     def faulty(*arguments: Any, **settings: Any) -> Any:
@@ -88,6 +88,45 @@ def neighbours_swapped() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def term_counted_per_tensor_rank() -> Iterator[None]:
+    """A share that is split over the tensor ranks is said to be the same on each."""
+
+    def faulty(self: Relations, *arguments: Any) -> list[Term]:
+        return [term._replace(copies="each tensor rank") for term in loss(self, *arguments)]
+
+    loss = Relations.loss
+    with patch.object(Relations, "loss", faulty):
+        yield
+
+
+@contextmanager
+def tap_of_another_microbatch() -> Iterator[None]:
+    """A layer keeps what its other values are computed from; with several micro-batches under way it is another's."""
+    latest: dict[int, torch.Tensor] = {}
+
+    def faulty(layer: Any, hidden: torch.Tensor, *arguments: Any) -> dict[str, torch.Tensor]:
+        before, latest[id(layer)] = latest.get(id(layer), hidden), hidden
+        return values(layer, before.detach() if hidden.requires_grad else hidden, *arguments)
+
+    values = stage.attention_values
+    with patch.object(stage, "attention_values", faulty):
+        yield
+
+
+@contextmanager
+def teacher_of_another_objective() -> Iterator[None]:
+    """All objectives are compared with the first teacher."""
+    chosen = step.TrainStep._teacher_chunks
+
+    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> Any:
+        own = chosen(self, microbatch)
+        return next(iter(self.teachers.values())) if own and microbatch.settings.teacher else own
+
+    with patch.object(step.TrainStep, "_teacher_chunks", faulty):
+        yield
+
+
 SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     fault.__name__: fault
     for fault in (
@@ -96,5 +135,8 @@ SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
         loss_counted_per_tensor_rank,
         gradient_of_context_ranks_lost,
         neighbours_swapped,
+        term_counted_per_tensor_rank,
+        tap_of_another_microbatch,
+        teacher_of_another_objective,
     )
 }

@@ -11,7 +11,8 @@ from typing import Any
 
 from tests.checkpoint.small_models import write_model
 from tests.layouts.ranks import Case, Outcome, run_all
-from tests.training.workspace import make_workspace
+from tests.objectives.examples import all_kinds
+from tests.training.workspace import make_workspace, write_perturbed, write_recipe
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 8,
@@ -142,6 +143,15 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2}, model="mixed")
     yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "context": 2, "sequence": True}, "packed")
     yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2}, model="mixed", recompute="full")
+    # Every kind of objective there is, in one step; one of them with a teacher of its own.
+    yield Layout(2, {}, model="kinds")
+    yield Layout(1, {}, model="kinds", recompute="full")
+    yield Layout(2, {"tensor": 2}, model="kinds")
+    yield Layout(2, {"tensor": 2, "sequence": True}, model="kinds", recompute="selective")
+    yield Layout(2, {"pipeline": 2}, model="kinds", recompute="full")
+    yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, model="kinds")
+    yield Layout(2, {"context": 2}, model="kinds")
+    yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}, model="kinds", recompute="full")
 
 
 LAYOUTS = tuple(_layouts())
@@ -157,6 +167,9 @@ FAULTS = (
     Layout(2, {"tensor": 2}, sabotage="loss_counted_per_tensor_rank"),
     Layout(2, {"context": 2}, sabotage="gradient_of_context_ranks_lost"),
     Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, sabotage="neighbours_swapped"),
+    Layout(2, {"tensor": 2}, model="kinds", sabotage="term_counted_per_tensor_rank"),
+    Layout(2, {"pipeline": 2}, model="kinds", recompute="full", sabotage="tap_of_another_microbatch"),
+    Layout(2, {"pipeline": 2}, model="kinds", sabotage="teacher_of_another_objective"),
 )
 
 
@@ -164,6 +177,7 @@ def run_table(folder: Path) -> Mapping[str, Outcome]:
     """Outcomes of LAYOUTS, BF16_LAYOUTS and FAULTS and of their references, by name."""
     recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
     recipes |= {name: _packed_workspace(folder / name, changes) for name, changes in PACKED_RECIPES.items()}
+    recipes["kinds"] = _kinds_workspace(folder / "kinds")
     compared = (*LAYOUTS, *BF16_LAYOUTS, *FAULTS)
     layouts = {each.name: each for each in (*(layout.reference for layout in compared), *compared)}
     cases = [Case(n, each.world, recipes[each.model], each.overrides, each.sabotage) for n, each in layouts.items()]
@@ -176,6 +190,14 @@ def _packed_workspace(folder: Path, changes: dict[str, Any]) -> Path:
         write_model("qwen3_tied", folder / "large", sizes=LARGE)
         changes |= {"teacher": {"hf": "large"}}
     return make_workspace(folder, "llama_3", SIZES, **changes)
+
+
+def _kinds_workspace(folder: Path) -> Path:
+    make_workspace(folder, "llama_3", SIZES, **CHANGES)
+    write_perturbed(folder / "model", folder / "other", seed=12)
+    objectives = all_kinds(SIZES["num_hidden_layers"])
+    objectives["own_relations"]["teacher"] = {"hf": "other"}
+    return write_recipe(folder, objectives=objectives)
 
 
 def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, float]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from longred_megatron.layout import Parallel
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.recipe import Parallel
 from tests.layouts.ranks import Outcome
 from tests.layouts.table import BF16_LAYOUTS, FAULTS, LAYOUTS, Layout, differences, run_table
 from tests.training.test_reference_parity import reference

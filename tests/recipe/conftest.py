@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from longred_megatron.recipe import Architecture
+from longred_megatron.families import Architecture
+from longred_megatron.recipe import Phase, Recipe
+from longred_megatron.recipe.phases import _teachers
 
 LLAMA3_8B = Architecture(
     family="llama",
@@ -29,6 +31,13 @@ LLAMA3_8B = Architecture(
 )
 
 
+def phase_of(recipe: Recipe, source: Architecture, teacher: Architecture | None = None) -> Phase:
+    """The one phase of a recipe. source: of model.hf; teacher: of every other model that is compared with."""
+    others = teacher or source
+    teachers = {hf: source if hf == recipe.model.hf else others for hf in _teachers(recipe, source)}
+    return Phase(recipe, source, teachers)
+
+
 @pytest.fixture
 def architecture() -> Architecture:
     return LLAMA3_8B
@@ -48,7 +57,7 @@ def values() -> dict[str, Any]:
                 "data": "window",
                 "positions": "cream",
                 "weight": 10,
-                "context_parallel": 1,
+                "whole_sequences": True,
             },
             "short_restoration": {
                 "microbatches": 6,
@@ -56,7 +65,7 @@ def values() -> dict[str, Any]:
                 "data": "short",
                 "layers": [1, 9, 32],
                 "weight": 5,
-                "context_parallel": 1,
+                "whole_sequences": True,
             },
         },
         "data": {"long": {"l": 1}, "window": {"w": 1}, "short": {"s": 0.5, "t": 2}},
@@ -73,7 +82,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     def write(content: Any, name: str = "recipe.yaml") -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
         return path
 
     return write

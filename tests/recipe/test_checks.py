@@ -1,14 +1,18 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longred_megatron.recipe import Architecture, check_recipe, load_recipe, rope_extension
-from longred_megatron.recipe.checks import _divisors, _multiples
+from longred_megatron.errors import multiples
+from longred_megatron.families import Architecture
+from longred_megatron.objectives.base import Layers, Needs, Objective, Site, Tap
+from longred_megatron.recipe import load_recipe
+from longred_megatron.recipe.checks import _divisors, check_phase, rope_extension
+from tests.recipe.conftest import phase_of
 
 Write = Callable[..., Path]
 Check = Callable[..., list[str]]
@@ -26,7 +30,7 @@ def check(write: Write, values: dict[str, Any], architecture: Architecture) -> C
         **changes: Any,
     ) -> list[str]:
         recipe = load_recipe(write(values), overrides)
-        return check_recipe(recipe, replace(architecture, **changes), teacher, world_size, gpu=gpu)
+        return check_phase(phase_of(recipe, replace(architecture, **changes), teacher), world_size, gpu=gpu)
 
     return check
 
@@ -144,7 +148,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "no such data set": (
         ("objectives.long_text.data=lnog", "data.long=null"),
         {},
-        "`objectives.long_text.data` is 'lnog': no such data set; `data` has short, window",
+        "`objectives.long_text.data` is 'lnog': no such data set; `data` has window, short",
     ),
     "unused data set": (
         ("data.spare={x: 1}",),
@@ -188,24 +192,41 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         ("parallel.context=2", "objectives.long_text.sequence_length=2", "step.tokens_per_microbatch=65536"),
         {"world_size": 2},
         "`objectives.long_text.sequence_length` is 2: must be a multiple of 2 x `parallel.context` = 4, as "
-        "each rank takes two equal pieces; nearest: 4, or set context_parallel: 1",
+        "each rank takes two equal pieces; nearest: 4, or set whole_sequences: true",
     ),
     "context and whole sequences": (
         ("parallel.context=16",),
         {"world_size": 16},
-        "`objectives.short_to_long.context_parallel` is 1: the 8 sequences of a micro-batch must be a "
+        "`objectives.short_to_long.whole_sequences` is true: the 8 sequences of a micro-batch must be a "
         "multiple of `parallel.context` 16; set `step.tokens_per_microbatch` to a multiple of 131072 "
         "(nearest: 131072)",
     ),
-    "part of the context axis": (
+    "old name: part of the context axis": (
         ("parallel.context=4", "objectives.long_text.context_parallel=2"),
         {"world_size": 4},
         "`objectives.long_text.context_parallel` is 2: must be 1 or `parallel.context` 4",
     ),
-    "context_parallel without the axis": (
+    "old name: without the axis": (
         ("objectives.long_text.context_parallel=2",),
         {},
         "`objectives.long_text.context_parallel` is 2: must be 1",
+    ),
+    "old name: whole sequences": (
+        ("parallel.context=2", "objectives.long_text.context_parallel=1", "step.tokens_per_microbatch=98304"),
+        {"world_size": 2},
+        "`objectives.long_text.whole_sequences` is true: the 3 sequences of a micro-batch must be a multiple of "
+        "`parallel.context` 2; set `step.tokens_per_microbatch` to a multiple of 65536 (nearest: 65536, 131072)",
+    ),
+    "chunks that are no split of the layers": (
+        ("parallel={pipeline: 2, layers_per_chunk: [16, 15]}",),
+        {"world_size": 2},
+        "`parallel.layers_per_chunk` is [16, 15]: must be 2 numbers, one for each of pipeline x virtual_pipeline = "
+        "2 x 1 chunks, that add up to the 32 layers of model.hf, for instance [16, 16]",
+    ),
+    "old name: chunks without a pipeline": (
+        ("parallel.layers_per_stage=[32]",),
+        {},
+        "`parallel.layers_per_chunk` is [32]: has no effect at `parallel.pipeline` 1; set it to null",
     ),
     "world": (
         ("parallel={tensor: 2, pipeline: 2}",),
@@ -247,7 +268,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
             "teacher.hf=/t",
         ),
         {},
-        "`teacher.hf` is /t: has no effect, since no objective compares with a teacher",
+        "`teacher.hf` is /t: has no effect, since no objective compares with it",
     ),
     "packed over the teacher's window": (
         (f"{PACKED}={{microbatches: 8, sequence_length: 32768, data: short}}",),
@@ -263,14 +284,6 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         (f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, cross_entropy: 1, temperature: 2.0}}",),
         {},
         "`objectives.packed_distillation.temperature` is 2.0: has no effect, since cross_entropy is 1",
-    ),
-    "masked documents cut over ranks": (
-        (
-            f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
-            "parallel.context=2",
-        ),
-        {"world_size": 2},
-        "`objectives.packed_distillation.mask_documents` is true and `parallel.context` 2",
     ),
     "masked documents in FP8": (
         (
@@ -290,6 +303,12 @@ def test_problem(check: Check, case: str) -> None:
     assert problem.startswith(expected)
 
 
+@pytest.mark.parametrize("ranks", [1, 4, "null"])
+def test_old_values_of_context_parallel_without_problem(check: Check, ranks: int | str) -> None:
+    changes = ("step.tokens_per_microbatch=131072", f"objectives.long_text.context_parallel={ranks}")
+    assert check(*changes, "parallel.context=4", world_size=4) == []
+
+
 def test_sequence_parallel_cuts_the_tokens_of_a_context_rank(check: Check) -> None:
     changes = ("parallel={tensor: 8, sequence: true}", "step.tokens_per_microbatch=4", *ALONE)
     lengths = ("objectives.long_text.sequence_length=4", "objectives.short_restoration.sequence_length=4")
@@ -298,20 +317,29 @@ def test_sequence_parallel_cuts_the_tokens_of_a_context_rank(check: Check) -> No
     assert problem.endswith("nearest: 8")
 
 
+BOTH = ("short_to_long", "short_restoration")
+
+
 @pytest.mark.parametrize(
-    ("change", "expected"),
+    ("change", "objectives", "compared", "sizes"),
     [
-        ({"hidden_size": 2048}, "with hidden_size 2048: must be the 4096 of model.hf"),
-        ({"vocab_size": 32000}, "with vocab_size 32000: must be the 128256 of model.hf"),
-        ({"num_layers": 16}, "with num_layers 16: must be the 32 of model.hf"),
+        ({"hidden_size": 2048}, BOTH, "hidden states", "hidden_size 2048, model.hf 4096"),
+        ({"vocab_size": 32000}, BOTH, "token ids", "vocab_size 32000, model.hf 128256"),
+        ({"num_layers": 16}, BOTH[1:], "layers", "num_layers 16, model.hf 32"),
     ],
 )
 def test_teacher_of_another_shape(
-    check: Check, architecture: Architecture, change: dict[str, Any], expected: str
+    check: Check,
+    architecture: Architecture,
+    change: dict[str, Any],
+    objectives: tuple[str, ...],
+    compared: str,
+    sizes: str,
 ) -> None:
-    (problem,) = check("teacher.hf=/t", teacher=replace(architecture, **change))
-    assert problem.startswith("`teacher.hf` is /t ")
-    assert expected in problem
+    assert check("teacher.hf=/t", teacher=replace(architecture, **change)) == [
+        f"`objectives.{name}` compares {compared} one to one: its teacher has {sizes}; choose a teacher of that size"
+        for name in objectives
+    ]
 
 
 def test_a_teacher_of_another_depth_is_split_by_its_own(check: Check, architecture: Architecture) -> None:
@@ -322,7 +350,168 @@ def test_a_teacher_of_another_depth_is_split_by_its_own(check: Check, architectu
     assert check(*change, teacher=teacher) == []
     assert check(*overrides, teacher=teacher, world_size=2) == []
     (problem,) = check(*overrides, teacher=replace(teacher, num_layers=1), world_size=2)
-    assert "2: more than the 1 layers of teacher.hf; use 1 or less" in problem
+    assert "2: more than the 1 layers of teacher /t; use 1 or less" in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (
+            "{kind: next_token, microbatches: 8, sequence_length: 1024, data: short, teacher: {hf: /own}}",
+            "`objectives.mine.teacher` has no effect: it compares with none; remove it",
+        ),
+        (
+            "{kind: packed_distillation, microbatches: 8, sequence_length: 1024, data: short, cross_entropy: 1, "
+            "teacher: {hf: /own}}",
+            "`objectives.mine.teacher` has no effect: it compares with none; remove it",
+        ),
+    ],
+)
+def test_a_teacher_without_effect(check: Check, kind: str, problem: str) -> None:
+    assert check(f"objectives.mine={kind}") == [problem]
+
+
+def test_the_recipes_teacher_has_no_effect_where_each_objective_has_its_own(check: Check) -> None:
+    own = [f"objectives.{name}.teacher.hf=/own" for name in BOTH]
+    assert check(*own) == [] and check(own[0], "teacher.hf=/t") == []
+    (problem,) = check(*own, "teacher.hf=/t")
+    assert problem.startswith("`teacher.hf` is /t: has no effect, since no objective compares with it")
+
+
+def test_sizes_and_window_are_of_the_objectives_own_teacher(check: Check, architecture: Architecture) -> None:
+    small = replace(architecture, hidden_size=2048, max_position_embeddings=4096)
+    found = check("objectives.short_to_long.teacher.hf=/own", teacher=small)
+    assert [problem.split(" is ")[0].split(" compares ")[0] for problem in found] == [
+        "`objectives.short_to_long.sequence_length`",
+        "`objectives.short_to_long`",
+    ]
+
+
+def test_cuts_of_every_teacher_are_checked(check: Check, architecture: Architecture) -> None:
+    teacher = replace(architecture, num_layers=15, num_kv_heads=3)
+    own = ("objectives.short_to_long.teacher.hf=/own", "objectives.short_restoration.teacher.hf=/another")
+    found = check(*own, "teacher.hf=null", "parallel={pipeline: 16, tensor: 2}", world_size=32, teacher=teacher)
+    ours = [problem for problem in found if problem.startswith("`parallel.")]
+    assert len(ours) == 4
+    for folder in ("/own", "/another"):
+        assert any("`parallel.tensor` is 2: must divide" in p and f"units of teacher {folder};" in p for p in ours)
+        assert any(f"more than the 15 layers of teacher {folder}; use 15 or less" in p for p in ours)
+
+
+# What `objectives/base.py` checks of any kind
+
+
+class Compared(Objective):
+    """Compares chosen layers of the student with others of its teacher; checks nothing itself."""
+
+    kind: Literal["compared"] = "compared"
+    pairs: dict[int, int]
+    is_itself: bool = False
+
+    def needs(self, site: Site) -> Needs:
+        pairs = {Tap(ours): Tap(theirs) for ours, theirs in self.pairs.items()}
+        return Needs(pairs=pairs, teacher_is_student=self.is_itself)
+
+
+@pytest.fixture
+def compare(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., list[str]]:
+    """Problems of layers compared, {the student's: the teacher's}, in a layout."""
+
+    def compare(
+        pairs: dict[int, int],
+        layout: str = "{}",
+        depth: int = 32,
+        kind: type[Compared] = Compared,
+        **settings: Any,
+    ) -> list[str]:
+        recipe = load_recipe(write(values), [f"parallel={layout}"])
+        teacher = replace(architecture, num_layers=depth)
+        site = replace(phase_of(recipe, architecture).sites["short_to_long"], teacher=teacher)
+        own = {"microbatches": 1, "sequence_length": 8192, "data": "short", "pairs": pairs}
+        return list(kind.model_validate(own | settings).problems("objectives.mine", site))
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("layout", "pairs", "depth", "stages"),
+    [
+        ("{pipeline: 2}", {16: 17}, 32, (0, 1)),
+        ("{pipeline: 2}", {1: 1, 32: 16}, 32, (1, 0)),
+        ("{pipeline: 2}", {32: 8}, 16, (1, 0)),
+        ("{pipeline: 2}", {16: 8}, 15, (0, 1)),  # stages of 7 and 8 layers
+        ("{pipeline: 4}", {9: 8}, 32, (1, 0)),
+        ("{pipeline: 2, virtual_pipeline: 2}", {8: 9}, 32, (0, 1)),
+        ("{pipeline: 2, layers_per_chunk: [20, 12]}", {20: 21}, 32, (0, 1)),
+        ("{pipeline: 2, layers_per_chunk: [20, 12]}", {20: 9}, 16, (0, 1)),  # a teacher has its own split
+    ],
+)
+def test_values_on_two_stages_cannot_be_compared(
+    compare: Callable[..., list[str]], layout: str, pairs: dict[int, int], depth: int, stages: tuple[int, int]
+) -> None:
+    (ours, theirs), *_ = list(pairs.items())[::-1]
+    assert compare(pairs, layout, depth) == [
+        f"`objectives.mine` compares layer {ours} of model.hf with layer {theirs} of its teacher: they lie on the "
+        f"pipeline stages {stages[0]} and {stages[1]} (from 0) and must lie on one; change `parallel`"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layout", "pairs", "depth"),
+    [
+        ("{}", {1: 32}, 32),
+        ("{pipeline: 2}", {16: 1, 17: 32}, 32),
+        ("{pipeline: 2}", {16: 8, 32: 16}, 16),
+        ("{pipeline: 2}", {16: 7, 17: 8}, 15),
+        ("{pipeline: 2, virtual_pipeline: 2}", {1: 17, 32: 9}, 32),  # two chunks of a stage
+        ("{pipeline: 2, layers_per_chunk: [20, 12]}", {20: 8, 21: 9}, 16),
+    ],
+)
+def test_values_on_one_stage_can_be_compared(
+    compare: Callable[..., list[str]], layout: str, pairs: dict[int, int], depth: int
+) -> None:
+    assert compare(pairs, layout, depth) == []
+
+
+def test_two_pairs_on_two_stages_are_one_problem(compare: Callable[..., list[str]]) -> None:
+    assert len(compare({15: 17, 16: 18}, "{pipeline: 2}")) == 1
+
+
+@pytest.mark.parametrize("layout", ["{}", "{pipeline: 2}"])
+def test_layers_that_a_model_does_not_have(compare: Callable[..., list[str]], layout: str) -> None:
+    assert compare({0: 1, 33: 16, 35: 17, 2: 2}, layout, depth=16) == [
+        "`objectives.mine` needs the layers 0, 33, 35 of model.hf, which has 1 to 32",
+        "`objectives.mine` needs the layers 17 of its teacher, which has 1 to 16",
+    ]
+
+
+def test_layers_that_a_key_names_are_told_once(compare: Callable[..., list[str]]) -> None:
+    """A key marked as layers is checked by its name; the tap that comes of it is not another problem."""
+
+    class Named(Compared):
+        layers: Layers = (33, 2)
+
+    assert compare({33: 33, 2: 2}, kind=Named) == [
+        "`objectives.mine.layers` holds 33: the layers of model.hf are 1 to 32",
+        "`objectives.mine.layers` is [33, 2]: is not in ascending order; write [2]",
+    ]
+    assert compare({33: 33, 34: 2}, kind=Named)[-1].startswith("`objectives.mine` needs the layers 34 of model.hf")
+
+
+def test_a_student_that_is_its_own_teacher_has_no_other(compare: Callable[..., list[str]]) -> None:
+    teacher = {"hf": Path("/t")}
+    assert compare({32: 32}, teacher=teacher) == compare({32: 32}, is_itself=True) == []
+    assert compare({32: 32}, is_itself=True, teacher=teacher) == [
+        "`objectives.mine.teacher` has no effect: the student is its own; remove it"
+    ]
+    assert compare({}, teacher=teacher) == ["`objectives.mine.teacher` has no effect: it compares with none; remove it"]
+
+
+def test_the_window_of_a_teacher_counts_only_where_there_is_one(compare: Callable[..., list[str]]) -> None:
+    long = {"sequence_length": 16384}
+    (problem,) = compare({32: 32}, **long)
+    assert problem.startswith("`objectives.mine.sequence_length` is 16384: longer than the teacher's window of 8192")
+    assert compare({}, **long) == compare({32: 32}, is_itself=True, **long) == []
 
 
 def test_window_of_the_teacher_counts(check: Check, architecture: Architecture) -> None:
@@ -392,7 +581,7 @@ def test_suggested_layouts_are_valid(check: Check, tensor: int, pipeline: int, c
 
 @given(value=st.integers(1, 10**6), of=st.integers(1, 10**4))
 def test_nearest_multiples(value: int, of: int) -> None:
-    nearest = [int(text) for text in _multiples(value, of).split(", ")]
+    nearest = [int(text) for text in multiples(value, of).split(", ")]
     assert all(number > 0 and number % of == 0 and abs(number - value) < max(of, 2) for number in nearest)
 
 

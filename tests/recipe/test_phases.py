@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from longred_megatron.errors import UserError
+from longred_megatron.families import Architecture
 from longred_megatron.recipe import (
-    Architecture,
     Recipe,
     check_phases,
     dump_recipe,
@@ -57,8 +57,8 @@ def test_each_phase_is_merged_over_the_recipe_as_a_child_over_its_base(read: Cal
     # The recipe's values and not those of the phase before.
     assert (second.optimizer, second.training.steps) == (recipe.optimizer, 512)
     assert second.model.rope.model_dump() == {"method": "pi", "factor": None}
-    assert [name for name, _ in second.objectives.items()] == ["long_text", "short_restoration"]
-    assert second.objectives.long_text is not None and second.objectives.long_text.microbatches == 8
+    assert list(second.objectives) == ["long_text", "short_restoration"]
+    assert second.objectives["long_text"].microbatches == 8
     assert {name: [Path(p).name for p in blend] for name, blend in second.data.items()} == {
         "long": ["l"],
         "short": ["y"],
@@ -67,7 +67,15 @@ def test_each_phase_is_merged_over_the_recipe_as_a_child_over_its_base(read: Cal
     assert first.phases is None and second.run == recipe.run
 
 
-def test_a_recipe_without_phases_is_one(read: Callable[..., Recipe]) -> None:
+@pytest.fixture
+def config(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> dict[str, Architecture]:
+    """What `read_architecture` finds, by the name of a model's folder; `architecture` in all others."""
+    found: dict[str, Architecture] = {}
+    monkeypatch.setattr(phases_module, "read_architecture", lambda hf: found.get(hf.name, architecture))
+    return found
+
+
+def test_a_recipe_without_phases_is_one(read: Callable[..., Recipe], config: dict[str, Architecture]) -> None:
     recipe = read(None)
     assert recipe.phases is None and phases_of(recipe) == [recipe]
     [phase] = read_phases(recipe.model_copy(update={"objectives": read(None, *ONLY_LONG_TEXT).objectives}))
@@ -77,7 +85,9 @@ def test_a_recipe_without_phases_is_one(read: Callable[..., Recipe]) -> None:
 ONLY_LONG_TEXT = ("objectives.short_to_long=null", "objectives.short_restoration=null")
 
 
-def test_steps_and_tokens_are_counted_over_the_run(read: Callable[..., Recipe]) -> None:
+def test_steps_and_tokens_are_counted_over_the_run(
+    read: Callable[..., Recipe], config: dict[str, Architecture]
+) -> None:
     recipe = read([ABF, {"step": {"tokens_per_microbatch": 32768}}], *ONLY_LONG_TEXT)
     first, second = read_phases(recipe)
     assert (first.last_step, second.steps_before, second.last_step) == (100, 100, 612)
@@ -115,9 +125,9 @@ def test_overrides(read: Callable[..., Recipe], tmp_path: Path, monkeypatch: pyt
     assert (first.training.steps, second.training.steps) == (2, 512)
     assert second.model.rope.model_dump() == {"method": "pi", "factor": 8.0}
     assert list(second.data["short"]) == [str(tmp_path / "z")]
-    assert [name for name, _ in first.objectives.items()] == ["long_text", "short_restoration"]
+    assert list(first.objectives) == ["long_text", "short_restoration"]
     # Null removes what the recipe has, also where the phase has changes to it.
-    assert [name for name, _ in second.objectives.items()] == ["short_restoration"]
+    assert list(second.objectives) == ["short_restoration"]
     assert read([ABF, PI], "phases=null").phases is None
     one = read([ABF, PI], "phases.0.training.steps=7", "phases=[{optimizer: {lr: 1e-3}}]")
     assert [(p.optimizer.lr, p.training.steps) for p in phases_of(one)] == [(1e-3, 7)]
@@ -164,7 +174,7 @@ def test_all_problems_of_all_phases_come_in_one_message(problems: Callable[..., 
         "`phases[1].training.seed` is the same for the whole run",
         "`phases[1].phases` is the same for the whole run",
         "`phases[2].data.short.3`: key 3 is not a text",
-        "unknown key `phases[2].objectives.long_txt`; did you mean `long_text`?",
+        "`phases[2].objectives.long_txt.kind` is missing: did you mean `long_text`?",
         "`phases[2].model.rope.method` is 'abff': must be one of",
         "`phases[3].objectives` needs at least one objective",
         "`phases[4]` is 7: must be a mapping",
@@ -187,14 +197,9 @@ def test_dumped_recipe_loads_as_an_equal_one(read: Callable[..., Recipe], write:
 
 
 @pytest.fixture
-def check(
-    read: Callable[..., Recipe], architecture: Architecture, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[str]]:
-    monkeypatch.setattr(phases_module, "read_architecture", lambda hf: architecture)
-
+def check(read: Callable[..., Recipe], config: dict[str, Architecture]) -> Callable[..., list[str]]:
     def check(phases: Any, *overrides: str, world_size: int = 1) -> list[str]:
-        recipe = read(phases, *overrides)
-        return check_phases(read_phases(recipe), architecture, world_size, gpu=False)
+        return check_phases(read_phases(read(phases, *overrides)), world_size, gpu=False)
 
     return check
 
@@ -224,9 +229,28 @@ def test_what_one_phase_uses_is_of_use(check: Callable[..., list[str]]) -> None:
     assert "phases[1]: `data.mine` has no effect" in "\n".join(found)
 
 
-def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], architecture: Architecture) -> None:
-    phases = [replace(p, teacher=architecture) for p in read_phases(read([ABF, PI], *ONLY_LONG_TEXT))]
-    text = phases_summary(phases, architecture, 1)
+def test_only_teachers_that_an_objective_compares_with_are_read(
+    read: Callable[..., Recipe], config: dict[str, Architecture], architecture: Architecture, tmp_path: Path
+) -> None:
+    config["large"] = large = replace(architecture, num_layers=48)
+    own = {"short_to_long": {"teacher": {"hf": "large"}}, "long_text": {"teacher": {"hf": "unread"}}}
+    first, second, third = read_phases(
+        read([{}, {"objectives": own}, {"objectives": {"short_to_long": None, "short_restoration": None}}])
+    )
+    model = tmp_path / "m"
+    assert first.teachers == {model: architecture} and not third.teachers
+    assert second.teachers == {tmp_path / "large": large, model: architecture}
+    taught = {name: second.teacher_of(name) for name in second.recipe.objectives}
+    assert taught == {"long_text": None, "short_to_long": tmp_path / "large", "short_restoration": model}
+    assert list(second.taught_by(tmp_path / "large")) == ["short_to_long"]
+    assert second.sites["short_to_long"].teacher == large and second.sites["short_restoration"].teacher == architecture
+    assert all(site.student == architecture for site in second.sites.values())
+    [(ours, theirs)] = second.needs["short_to_long"].pairs.items()
+    assert (ours.layer, theirs.layer) == (32, 48)
+
+
+def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], config: dict[str, Architecture]) -> None:
+    text = phases_summary(read_phases(read([ABF, PI], *ONLY_LONG_TEXT)), 1)
     starts = [line.split("  ")[0] for line in text.splitlines()]
     for once in ("world", "parameters", "not computed", "phase 1", "phase 2"):
         assert starts.count(once) == 1, (once, text)
@@ -234,7 +258,7 @@ def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], archi
     assert "theta 1e+06" in text and "8,192 -> 65,536 tokens, rope pi" in text
     assert text.splitlines()[-1].endswith(f"{612 * 8 * 65536:,} in 612 steps")
     [whole] = read_phases(read(None, *ONLY_LONG_TEXT))
-    assert "phase" not in phases_summary([whole], architecture, 1)
+    assert "phase" not in phases_summary([whole], 1)
 
 
 def test_steps_is_short_for_training_steps(read: Callable[..., Recipe], problems: Callable[..., list[str]]) -> None:

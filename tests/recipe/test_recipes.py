@@ -6,16 +6,9 @@ from pathlib import Path
 import pytest
 
 from longred_megatron.errors import UserError
-from longred_megatron.recipe import (
-    Architecture,
-    LongText,
-    Recipe,
-    ShortRestoration,
-    ShortToLong,
-    check_recipe,
-    load_recipe,
-)
-from longred_megatron.recipe.summary import in_columns, summary_lines
+from longred_megatron.families import Architecture
+from longred_megatron.recipe import check_phases, load_recipe, phases_summary
+from tests.recipe.conftest import phase_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RUNS = (
@@ -39,9 +32,10 @@ def model_of(name: str, llama: Architecture) -> Architecture:
 def test_run_on_eight_gpus(name: str, architecture: Architecture) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
     model = model_of(name, architecture)
-    assert check_recipe(recipe, model, None, world_size=8) == []
+    phase = phase_of(recipe, model)
+    assert check_phases([phase], world_size=8) == []
     assert recipe.run.dir == RECIPES.parent / "runs" / name
-    assert "1,073,741,824 = 512 steps x 2,097,152" in in_columns(summary_lines(recipe, model, 8, model))
+    assert "1,073,741,824 = 512 steps x 2,097,152" in phases_summary([phase], 8)
 
 
 def test_base_is_no_run() -> None:
@@ -63,7 +57,9 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_numbers(name: str) -> None:
     recipe = load_recipe(RECIPES / f"{name}.yaml")
-    long, skipped, short = _objectives(recipe)
+    names = ("long_text", "short_to_long", "short_restoration")
+    long, skipped, short = (recipe.objectives[name] for name in names)
+    assert tuple(each.kind for each in (long, skipped, short)) == names
     found = (
         long.sequence_length,
         short.sequence_length,
@@ -89,9 +85,3 @@ def test_blends_of_mistral_are_those_of_llama() -> None:
     mistral = load_recipe(RECIPES / "mistral_7b_128k_longred_c.yaml").data
     for name, blend in llama.items():
         assert {prefix.replace("/llama3/", "/mistral/"): weight for prefix, weight in blend.items()} == mistral[name]
-
-
-def _objectives(recipe: Recipe) -> tuple[LongText, ShortToLong, ShortRestoration]:
-    objectives = recipe.objectives
-    assert objectives.long_text and objectives.short_to_long and objectives.short_restoration
-    return objectives.long_text, objectives.short_to_long, objectives.short_restoration

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from longred_megatron.recipe import Architecture, load_recipe
-from longred_megatron.recipe.summary import GIB, Memory, _stages, expected_memory, in_columns, summary_lines
+from longred_megatron.families import Architecture
+from longred_megatron.recipe import load_recipe, phases_summary
+from longred_megatron.recipe.summary import GIB, Memory, _stages, expected_memory
+from tests.recipe.conftest import phase_of
 
 Write = Callable[..., Path]
 
@@ -16,7 +18,7 @@ Write = Callable[..., Path]
 def summarise(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., str]:
     def summarise(*overrides: str, world_size: int = 1) -> str:
         recipe = load_recipe(write(values), overrides)
-        return in_columns(summary_lines(recipe, architecture, world_size, architecture))
+        return phases_summary([phase_of(recipe, architecture)], world_size)
 
     return summarise
 
@@ -25,7 +27,7 @@ def summarise(write: Write, values: dict[str, Any], architecture: Architecture) 
 def memory(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., Memory]:
     def memory(*overrides: str, world_size: int = 1, **changes: Any) -> Memory:
         model = replace(architecture, **changes)
-        return expected_memory(load_recipe(write(values), overrides), model, model, world_size)
+        return expected_memory(phase_of(load_recipe(write(values), overrides), model), world_size)
 
     return memory
 
@@ -71,7 +73,7 @@ def test_memory_of_one_rank_is_that_of_the_whole_model(
     assert one.teacher_targets == (6 * 3 + 2) * 65536 * 4096 * 2
     # An input a layer, and one working set: 4 h + 2 queries + 2 (keys + values) + 3 feed-forward widths
     assert one.activations == 65536 * 2 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
-    assert one.loss_logits == 1024 * 128256 * 8
+    assert one.loss == 1024 * 128256 * 8
     assert one.total == sum(vars(one).values())
 
 
@@ -105,7 +107,7 @@ def test_memory_of_a_pipeline_counts_the_fullest_stage(memory: Callable[..., Mem
 def test_memory_without_distillation_or_cross_entropy(memory: Callable[..., Memory]) -> None:
     long_text = memory("objectives.short_to_long=null", "objectives.short_restoration=null")
     assert (long_text.teacher, long_text.teacher_targets) == (0, 0)
-    assert memory("objectives.long_text=null").loss_logits == 0
+    assert memory("objectives.long_text=null").loss == 0
 
 
 def test_memory_of_logit_distillation(memory: Callable[..., Memory], architecture: Architecture) -> None:
@@ -114,9 +116,9 @@ def test_memory_of_logit_distillation(memory: Callable[..., Memory], architectur
     one = memory(*alone)
     assert math.isclose(one.teacher, 2 * architecture.num_parameters(), rel_tol=1e-5)  # with its head
     assert one.teacher_targets == 4 * 65536 * 4096 * 2  # the last hidden states alone
-    assert one.loss_logits == 768 * 2**20
+    assert one.loss == 768 * 2**20
     baseline = memory(*alone, "objectives.packed_distillation.cross_entropy=1")
-    assert (baseline.teacher, baseline.loss_logits) == (0, 1024 * 128256 * 8)
+    assert (baseline.teacher, baseline.loss) == (0, 1024 * 128256 * 8)
 
 
 def test_memory_without_recompute_is_more(memory: Callable[..., Memory]) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longred_megatron.layout import Parallel
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.recipe import Parallel
 from tests.data.conftest import write_indexed  # noqa: F401 (a fixture)
 
 

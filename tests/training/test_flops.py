@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.recipe import read_architecture
+from longred_megatron.families import read_architecture
 from longred_megatron.training.flops import forward_flops_per_token
 from tests.checkpoint.small_models import write_model
 

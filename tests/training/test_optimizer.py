@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from longred_megatron.layout import Parallel
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.recipe import Optimizer, Parallel
+from longred_megatron.recipe import Optimizer
 from longred_megatron.training.optimizer import learning_rate, set_hyperparameters
 from tests.training.workspace import build_run, make_workspace
 

@@ -10,9 +10,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_so
 from transformers import AutoModelForCausalLM
 
 from longred_megatron.training.microbatches import MicroBatch
-from longred_megatron.training.run import Run
+from longred_megatron.training.run import PhaseRun
 from tests.checkpoint.small_models import write_model
-from tests.training.test_reference_parity import extended_student, megatron_gradients
+from tests.training.test_reference_parity import extended_student, megatron_gradients, total_loss
 from tests.training.workspace import build_run, make_workspace
 
 # Another width, depth, number of heads, RoPE, window, and a vocabulary padded further: all but the tokenizer.
@@ -29,16 +29,16 @@ def make_packed(folder: Path, model: str = "llama_3", **settings: Any) -> Path:
     return recipe
 
 
-def reference_loss(run: Run, batch: MicroBatch, student: torch.nn.Module, teacher: torch.nn.Module) -> Tensor:
+def reference_loss(run: PhaseRun, batch: MicroBatch, student: torch.nn.Module, teacher: torch.nn.Module) -> Tensor:
     """Mean over the labelled tokens of (1 - c) t^2 KL(teacher || student) + c CE, on logits of the real vocabulary."""
-    settings = run.recipe.objectives.packed_distillation
+    settings = batch.settings
     mask = None
     if settings.mask_documents:
         rows = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in batch.documents]
         numbers = torch.stack(rows)
         causal = torch.ones(numbers.shape[1], numbers.shape[1], dtype=torch.bool).tril()
         mask = ((numbers[:, :, None] == numbers[:, None, :]) & causal)[:, None]
-    has_loss, vocab = batch.labels != -100, run.source.vocab_size
+    has_loss, vocab = batch.labels != -100, run.phase.source.vocab_size
     logits = student(batch.tokens, position_ids=batch.student_positions, attention_mask=mask).logits[has_loss]
     loss = settings.cross_entropy * cross_entropy(logits, batch.labels[has_loss])
     if batch.teacher_positions is None:
@@ -53,11 +53,11 @@ def reference_loss(run: Run, batch: MicroBatch, student: torch.nn.Module, teache
     return loss + (1 - settings.cross_entropy) * t**2 * divergence
 
 
-def assert_same(run: Run) -> None:
+def assert_same(run: PhaseRun) -> None:
     """All micro-batches of a step: `packed_distillation`, and `short_restoration` where it is beside."""
     batches = run.data.step(1, 0, 1)
     student = extended_student(run)
-    teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.hf, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(run.phase.recipe.teacher.hf, dtype=torch.float32)
     total = torch.zeros(())
     for m in batches:
         if m.objective == "packed_distillation":
@@ -67,12 +67,11 @@ def assert_same(run: Run) -> None:
                 model(m.tokens, position_ids=positions, output_hidden_states=True).hidden_states
                 for model, positions in ((student, m.student_positions), (teacher, m.teacher_positions))
             )
-            pairs = [(states[k], target[k].detach()) for k in run.recipe.objectives.short_restoration.layers]
+            pairs = [(states[k], target[k].detach()) for k in m.settings.layers]
             loss = torch.stack([(1 - cosine_similarity(a, b, dim=-1)).mean() for a, b in pairs]).sum()
-        total = total + m.weight * loss / len(batches)
+        total = total + m.settings.weight * loss / len(batches)
     total.backward()
-    losses, _ = run.train_step.forward_backward(batches)
-    ours = sum(m.weight * sum(own.values()) / len(batches) for m, own in zip(batches, losses, strict=True))
+    ours = total_loss(batches, run.train_step.forward_backward(batches)[0])
     torch.testing.assert_close(ours, total.detach(), rtol=1e-5, atol=0)
     gradients = megatron_gradients(run)
     for name, parameter in student.named_parameters():
@@ -83,7 +82,8 @@ def assert_same(run: Run) -> None:
 @pytest.mark.parametrize("model", ["llama_3", "llama_3_2", "qwen2", "qwen3_tied"])
 def test_a_teacher_of_another_width_depth_heads_rope_and_vocabulary_padding(model, tmp_path, groups):
     run = build_run(make_packed(tmp_path, model), groups, *ALONE, f"teacher.hf={tmp_path / 'large'}")
-    assert run.teacher.hidden_size != run.student.hidden_size and run.teacher.num_layers != run.student.num_layers
+    [large] = run.phase.teachers.values()
+    assert large.hidden_size != run.student.hidden_size and large.num_layers != run.student.num_layers
     assert_same(run)
 
 
@@ -107,7 +107,7 @@ def test_documents_and_positions_of_a_pack(mask_documents, restart_positions, tm
 def test_settings_of_the_loss(settings, recompute, tmp_path, groups):
     teacher = () if settings.get("cross_entropy") == 1 else (f"teacher.hf={tmp_path / 'large'}",)
     run = build_run(make_packed(tmp_path, **settings), groups, *ALONE, *teacher, f"training.recompute={recompute}")
-    assert bool(run.train_step.teacher) == bool(teacher)
+    assert bool(run.train_step.teachers) == bool(teacher)
     assert_same(run)
 
 
@@ -124,7 +124,7 @@ def test_documents_that_see_only_themselves_are_computed_as_if_alone(tmp_path, g
     settings = {"mask_documents": True, "restart_positions": True}
     run = build_run(make_packed(tmp_path, **settings), groups, *ALONE, f"teacher.hf={tmp_path / 'large'}")
     student = extended_student(run)
-    teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.hf, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(run.phase.recipe.teacher.hf, dtype=torch.float32)
     (batch, *_) = run.data.step(1, 0, 1)
     total = 0.0
     for row, lengths in enumerate(batch.documents):
@@ -134,8 +134,8 @@ def test_documents_that_see_only_themselves_are_computed_as_if_alone(tmp_path, g
             with torch.no_grad():
                 log_q, log_p = (log_softmax(m(tokens[None]).logits[0, :-1, :101], -1) for m in (student, teacher))
             total += float(kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    losses, _ = run.train_step.forward_backward([batch])
-    assert float(losses[0]["loss/packed_distillation"]) == pytest.approx(total / batch.num_valid_tokens, rel=1e-5)
+    [[term]], _ = run.train_step.forward_backward([batch])
+    assert float(term.share) == pytest.approx(total / batch.num_valid_tokens, rel=1e-5)
 
 
 def test_a_teacher_of_another_depth_gives_its_last_state_to_short_to_long(tmp_path, groups):
@@ -151,6 +151,6 @@ def test_a_teacher_of_another_depth_gives_its_last_state_to_short_to_long(tmp_pa
             model(batch.tokens, position_ids=positions, output_hidden_states=True).hidden_states[-1]
             for model, positions in zip(models, (batch.student_positions, batch.teacher_positions), strict=True)
         )
-    losses, _ = run.train_step.forward_backward([batch])
+    [[term]], _ = run.train_step.forward_backward([batch])
     expected = float((1 - cosine_similarity(ours, theirs, dim=-1)).mean())
-    assert float(losses[0]["loss/short_to_long/layer_4"]) == pytest.approx(expected, rel=1e-5)
+    assert float(term.share) == pytest.approx(expected, rel=1e-5)

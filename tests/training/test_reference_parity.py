@@ -10,10 +10,11 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM
 
 from longred_megatron.checkpoint import huggingface
-from longred_megatron.recipe import load_recipe, read_architecture
+from longred_megatron.families import read_architecture
+from longred_megatron.objectives.base import Term
+from longred_megatron.recipe import load_recipe
 from longred_megatron.training.microbatches import MicroBatch
-from longred_megatron.training.run import Run, extended_architecture
-from longred_megatron.training.step import compared_layers
+from longred_megatron.training.run import PhaseRun, extended_architecture
 from tests.training.workspace import build_run, make_workspace
 
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
@@ -21,18 +22,18 @@ OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
 CASES = ("llama_3", "llama_3_2", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen3_tied")
 
 
-def megatron_gradients(run: Run) -> dict[str, Tensor]:
+def megatron_gradients(run: PhaseRun) -> dict[str, Tensor]:
     """Gradients by Hugging Face name: each takes the place of its parameter, then the exporter renames them."""
-    for stage in run.stages:
+    for stage in run.chunks:
         for parameter in stage.parameters():
             parameter.data = parameter.main_grad.clone()
-    tensors = huggingface.full_tensors(run.stages, run.student, run.groups)
+    tensors = huggingface.full_tensors(run.chunks, run.student, run.groups)
     return {name: tensor for named in tensors for name, tensor in named.items()}
 
 
-def extended_student(run: Run) -> torch.nn.Module:
+def extended_student(run: PhaseRun) -> torch.nn.Module:
     """The model of model.hf with the recipe's RoPE and window, in transformers."""
-    source = AutoModelForCausalLM.from_pretrained(run.recipe.model.hf, dtype=torch.float32)
+    source = AutoModelForCausalLM.from_pretrained(run.phase.recipe.model.hf, dtype=torch.float32)
     config = source.config
     config.rope_parameters = run.student.rope
     config.max_position_embeddings = run.student.max_position_embeddings
@@ -41,11 +42,10 @@ def extended_student(run: Run) -> torch.nn.Module:
     return extended
 
 
-def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
+def reference(run: PhaseRun, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[str, Tensor]]:
     """DESIGN's step loss on one replica, and its gradients, with Hugging Face models."""
     student = extended_student(run)
-    teacher = AutoModelForCausalLM.from_pretrained(run.recipe.teacher.hf, dtype=torch.float32)
-    layers = compared_layers(run.recipe, run.source.num_layers, run.source.num_layers)
+    teacher = AutoModelForCausalLM.from_pretrained(run.phase.recipe.teacher.hf, dtype=torch.float32)
     total = torch.zeros(())
     for m in microbatches:
         out = student(m.tokens, position_ids=m.student_positions, output_hidden_states=True)
@@ -57,18 +57,23 @@ def reference(run: Run, microbatches: list[MicroBatch]) -> tuple[Tensor, dict[st
             loss = torch.stack(
                 [
                     (1 - cosine_similarity(out.hidden_states[k], target.hidden_states[k], dim=-1)).mean()
-                    for k in layers[m.objective]
+                    for k in getattr(m.settings, "layers", [-1])
                 ]
             ).sum()
-        total = total + m.weight * loss / len(microbatches)
+        total = total + m.settings.weight * loss / len(microbatches)
     total.backward()
     return total.detach(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-def assert_same(run: Run, microbatches: list[MicroBatch]) -> None:
+def total_loss(microbatches: list[MicroBatch], terms: list[list[Term]]) -> Tensor:
+    """The step loss of one process."""
+    each = zip(microbatches, terms, strict=True)
+    return torch.stack([m.settings.weight * term.share for m, own in each for term in own]).sum() / len(microbatches)
+
+
+def assert_same(run: PhaseRun, microbatches: list[MicroBatch]) -> None:
     expected_loss, expected = reference(run, microbatches)
-    losses, _ = run.train_step.forward_backward(microbatches)
-    loss = sum(m.weight * sum(own.values()) / len(microbatches) for m, own in zip(microbatches, losses, strict=True))
+    loss = total_loss(microbatches, run.train_step.forward_backward(microbatches)[0])
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
     gradients = megatron_gradients(run)
     assert expected.keys() <= gradients.keys()
@@ -102,7 +107,8 @@ def test_rope_scaling_of_the_student(method: str, tmp_path: Path, groups: Proces
 def test_the_teacher_computes_only_what_a_loss_needs(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     overrides = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1]")
     run = build_run(make_workspace(tmp_path), groups, *overrides)
-    names = [name for stage in run.train_step.teacher for name, _ in stage.named_parameters()]
+    [teacher] = run.train_step.teachers.values()
+    names = [name for chunk in teacher for name, _ in chunk.named_parameters()]
     assert not any(part in name for name in names for part in ("layers.1", "layers.2", "output_layer"))
     assert_same(run, run.data.step(1, 0, 1))
 

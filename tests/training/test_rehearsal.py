@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from longred_megatron.errors import UserError
+from longred_megatron.families import read_architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import dump_recipe, load_recipe, read_architecture, read_phases
+from longred_megatron.recipe import dump_recipe, load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.rehearsal import Rehearsal, shrink
 from longred_megatron.training.run import build

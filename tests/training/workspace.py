@@ -12,9 +12,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.recipe import load_recipe, read_architecture
+from longred_megatron.recipe import load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
-from longred_megatron.training.run import Run, build
+from longred_megatron.training.run import PhaseRun, build
 from tests.checkpoint.small_models import MODELS, SIZES, write_model
 
 WINDOW, TARGET = SIZES["max_position_embeddings"], 4 * SIZES["max_position_embeddings"]
@@ -63,21 +63,27 @@ def make_workspace(folder: Path, model: str = "llama_3", sizes: dict[str, Any] |
     return path
 
 
-def write_perturbed(model: Path, folder: Path) -> None:
+def write_recipe(folder: Path, **sections: Any) -> Path:
+    """The recipe of a workspace with whole sections replaced, in a file of its own."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text()) | sections
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def write_perturbed(model: Path, folder: Path, seed: int = 11) -> None:
     """A teacher near the student, so that no cosine is exactly one (where its gradient is noise)."""
     teacher = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in teacher.parameters():
         parameter.data += torch.empty_like(parameter).normal_(0.0, 0.1, generator=generator)
     teacher.save_pretrained(folder)
 
 
-def build_run(path: Path, groups: ProcessGroupCollection, *overrides: str) -> Run:
+def build_run(path: Path, groups: ProcessGroupCollection, *overrides: str) -> PhaseRun:
     """What `longred_megatron.train` builds for this recipe."""
-    recipe = load_recipe(path, overrides)
-    source, teacher = read_architecture(recipe.model.hf), read_architecture(recipe.teacher.hf)
-    needed = teacher if recipe.needs_teacher else None
-    return build(recipe, source, needed, MicroBatchSource(recipe), groups)
+    [phase] = read_phases(load_recipe(path, overrides))
+    return build(phase, MicroBatchSource(phase), groups)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -98,4 +104,5 @@ __all__ = [
     "read_metrics",
     "without_times",
     "write_perturbed",
+    "write_recipe",
 ]
