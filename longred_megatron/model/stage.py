@@ -14,7 +14,7 @@ from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
 from longred_megatron.recipe import Architecture, Parallel, Precision
-from longred_megatron.rope.scaling import inverse_frequencies
+from longred_megatron.rope.frequencies import RotaryFrequencies
 
 
 class Stage(GPTModel):
@@ -27,7 +27,7 @@ class Stage(GPTModel):
         self,
         architecture: Architecture,
         config: TransformerConfig,
-        frequencies: Tensor,
+        frequencies: RotaryFrequencies,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
         vocab_rows: int,
@@ -64,12 +64,15 @@ class Stage(GPTModel):
         layers: Collection[int] = (),
         whole_sequences: bool = False,
         documents: Documents | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Args:
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
             layers: layer numbers whose outputs are wanted; those of other stages are ignored.
             whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
             documents: lengths of each sequence's documents, where a token sees only its own; needs whole sequences.
+            length: largest position + 1 of the whole micro-batch, the same on all context-parallel ranks; None will do
+                for a RoPE that does not depend on it.
 
         Returns:
             The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
@@ -81,7 +84,7 @@ class Stage(GPTModel):
         output = self.decoder(
             hidden,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(positions, self.frequencies),
+            rotary_pos_emb=rotary_table(positions, self.frequencies(length)),
             packed_seq_params=self._layout(tokens, whole_sequences, documents),
             extract_layer_indices={k - 1 for k in inner},
         )
@@ -132,11 +135,12 @@ def build_stages(
 
     vocab_rows: of embedding and head over all tensor ranks; None: the architecture's, filled up to a multiple of them.
     """
-    frequencies, attention_factor = inverse_frequencies(architecture.rope, architecture.head_dim)
-    config = transformer_config(
-        architecture, parallel, precision, recompute=recompute, attention_factor=attention_factor
+    frequencies = RotaryFrequencies(
+        architecture.rope, architecture.head_dim, architecture.max_position_embeddings, torch.cuda.current_device()
     )
-    frequencies = frequencies.to(torch.cuda.current_device())
+    config = transformer_config(
+        architecture, parallel, precision, recompute=recompute, attention_factor=frequencies.attention_factor
+    )
     chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     rows = vocab_rows or padded_vocab_size(architecture, parallel.tensor)
     return [Stage(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]

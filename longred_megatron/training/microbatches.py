@@ -41,6 +41,8 @@ class MicroBatch:
     weight: float  # of the objective in the step loss
     context_parallel: int | None  # ranks that share a sequence; None: all of the context-parallel group
     documents: Sequence[Sequence[int]] | None = None  # their lengths in each sequence, where each sees only itself
+    student_length: int | None = None  # largest position + 1 of the whole micro-batch; known once it is cut
+    teacher_length: int | None = None
 
 
 class MicroBatchSource:

@@ -86,6 +86,8 @@ class TrainStep:
             student_positions=cut(microbatch.student_positions),
             teacher_positions=None if microbatch.teacher_positions is None else cut(microbatch.teacher_positions),
             documents=documents,
+            student_length=_length(microbatch.student_positions),
+            teacher_length=_length(microbatch.teacher_positions),
         )
 
     @torch.no_grad()
@@ -108,6 +110,7 @@ class TrainStep:
                 self.layers[microbatch.objective].values(),
                 microbatch.context_parallel == 1,
                 microbatch.documents,
+                microbatch.teacher_length,
             )
             # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
             targets[i] |= {k: state.detach() for k, state in states.items()}
@@ -135,6 +138,7 @@ class TrainStep:
                 self.layers.get(microbatch.objective, ()),
                 microbatch.context_parallel == 1,
                 microbatch.documents,
+                microbatch.student_length,
             )
             stage_targets = {k: targets[i].pop(self.layers[microbatch.objective][k]) for k in states}
             settings = getattr(self.recipe.objectives, microbatch.objective)
@@ -169,6 +173,11 @@ class TrainStep:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _length(positions: Tensor | None) -> int | None:
+    """Largest position + 1, of the whole micro-batch: all context ranks must rotate alike."""
+    return None if positions is None else int(positions.max()) + 1
 
 
 def compared_layers(recipe: Recipe, num_layers: int, num_teacher_layers: int) -> dict[str, dict[int, int]]:
