@@ -2,7 +2,7 @@
 
 from longred_megatron.families.architecture import Architecture, read_architecture
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.recipe.checks import check_recipe, rope_extension
+from longred_megatron.recipe.checks import check_recipe, rope_source
 from longred_megatron.recipe.load import dump_recipe, load_recipe, phases_of
 from longred_megatron.recipe.phases import Phase, check_phases, phases_summary, read_phases
 from longred_megatron.recipe.schema import (
@@ -35,5 +35,5 @@ __all__ = [
     "phases_summary",
     "read_architecture",
     "read_phases",
-    "rope_extension",
+    "rope_source",
 ]

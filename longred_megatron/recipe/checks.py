@@ -7,7 +7,7 @@ from typing import Any
 from longred_megatron.families.architecture import Architecture
 from longred_megatron.recipe.problems import nearest
 from longred_megatron.recipe.schema import PackedDistillation, Recipe, ShortRestoration, ShortToLong
-from longred_megatron.rope.methods import AbfRope, PiRope, UnchangedRope, YarnRope
+from longred_megatron.rope import RopeSource
 
 MIN_SKIPPED_TOKENS = 3  # one id each for the head, the middle and the tail of skipped positions
 
@@ -33,7 +33,7 @@ def check_recipe(
     teacher = teacher or architecture
     return [
         *_window_problems(recipe, architecture),
-        *_rope_problems(recipe, architecture),
+        *recipe.model.rope.problems("model.rope", rope_source(recipe, architecture)),
         *_length_problems(recipe, teacher),
         *_layer_problems(recipe, architecture),
         *_teacher_problems(recipe, architecture, teacher, phases),
@@ -48,14 +48,10 @@ def check_recipe(
     ]
 
 
-def rope_extension(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Keyword arguments for `objectives.rope.extended_rope`; a factor left out is target / original "
-    "window."""
-    original = architecture.max_position_embeddings
-    settings = recipe.model.rope.model_dump()
-    if "factor" in settings and settings["factor"] is None:
-        settings["factor"] = recipe.model.max_position_embeddings / original
-    return {**settings, "original_window": original}
+def rope_source(recipe: Recipe, architecture: Architecture) -> RopeSource:
+    """What the recipe's RoPE method may know. architecture: of model.hf, as released."""
+    window = recipe.model.max_position_embeddings
+    return RopeSource(architecture.rope, architecture.head_dim, architecture.max_position_embeddings, window)
 
 
 def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
@@ -69,46 +65,6 @@ def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
         yield (
             f"`objectives.short_to_long` has no effect: `model.max_position_embeddings` is {target}, which "
             "model.hf already has, so no position can be skipped; raise the window or remove the objective"
-        )
-
-
-def _rope_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    rope, source = recipe.model.rope, architecture.rope
-    if isinstance(rope, AbfRope):
-        theta = source["rope_theta"]
-        if rope.theta <= theta:
-            effect = "has no effect: it is" if rope.theta == theta else "is below"
-            yield (
-                f"`model.rope.theta` is {rope.theta:g}: {effect} the {theta:g} of model.hf; a longer window "
-                "needs a larger base; raise it, or use rope: none"
-            )
-    elif not isinstance(rope, UnchangedRope):
-        yield from _interpolation_problems(recipe, rope, architecture)
-
-
-def _interpolation_problems(recipe: Recipe, rope: PiRope | YarnRope, architecture: Architecture) -> Iterator[str]:
-    rope_type = architecture.rope.get("rope_type", "default")
-    if rope_type != "default":
-        yield (
-            f"`model.rope.method` is {rope.method!r}: model.hf already has scaled RoPE ({rope_type}), which "
-            "cannot be scaled twice; use abf, which keeps its scaling, or none"
-        )
-    original, target = architecture.max_position_embeddings, recipe.model.max_position_embeddings
-    ratio = target / original
-    if rope.factor is None and ratio <= 1:
-        yield (
-            f"`model.rope.factor` is left out and {target} / {original} gives {ratio:g}: must be greater "
-            "than 1; raise `model.max_position_embeddings` or use rope: none"
-        )
-    if rope.factor is not None and rope.factor < ratio:
-        yield (
-            f"`model.rope.factor` is {rope.factor:g}: reaches only {int(rope.factor * original)} of the "
-            f"{target} positions of `model.max_position_embeddings`; use {ratio:g} or leave it out"
-        )
-    if isinstance(rope, YarnRope) and rope.beta_fast <= rope.beta_slow:
-        yield (
-            f"`model.rope.beta_fast` is {rope.beta_fast:g}: must be greater than beta_slow "
-            f"{rope.beta_slow:g}; YaRN's own values are 32 and 1"
         )
 
 

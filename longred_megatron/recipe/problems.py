@@ -68,7 +68,8 @@ def _sentence(details: dict[str, Any], where: str) -> str:
     if kind == "extra_forbidden":
         return _unknown_key(path, siblings)
     if kind == "union_tag_not_found":
-        return f"`{path}.method` is missing: add one of 'abf', 'pi', 'yarn', 'none'"
+        names = [repr(model.model_fields["method"].default) for model in _models(field and field.annotation)]
+        return f"`{path}.method` is missing: add one of {', '.join(names)}"
     if kind == "union_tag_invalid":
         path, value = f"{path}.method", value["method"]
     reason = f" ({field.description})" if field is not None and field.description else ""

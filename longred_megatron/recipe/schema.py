@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.rope.methods import Rope, UnchangedRope
+from longred_megatron.rope import METHODS, Rope
 from longred_megatron.settings import PositiveFloat, PositiveInt, RecipePath, Settings
 
 
@@ -19,8 +19,9 @@ class Model(Settings):
 
     hf: RecipePath = Field(description="Hugging Face folder: architecture, tokenizer and initial weights")
     rope: Rope = Field(
-        UnchangedRope(),
-        description="how RoPE is scaled: abf, pi, yarn or none; left out: none, the source's own",
+        "none",
+        validate_default=True,
+        description=f"how RoPE is scaled: {', '.join(METHODS)}; left out: none, the source's own",
     )
     max_position_embeddings: PositiveInt = Field(description="target window, in tokens")
 

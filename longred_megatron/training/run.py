@@ -18,8 +18,7 @@ from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.errors import UserError
 from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
-from longred_megatron.recipe import Architecture, Phase, Recipe, dump_recipe, rope_extension
-from longred_megatron.rope.scaling import extended_rope
+from longred_megatron.recipe import Architecture, Phase, Recipe, dump_recipe, rope_source
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
@@ -52,8 +51,8 @@ class Run:
 
 def extended_architecture(recipe: Recipe, source: Architecture) -> Architecture:
     """The model with the recipe's RoPE and window."""
-    rope = extended_rope(source.rope, **rope_extension(recipe, source))
-    return replace(source, rope=rope, max_position_embeddings=recipe.model.max_position_embeddings)
+    method, known = recipe.model.rope, rope_source(recipe, source)
+    return replace(source, rope=method.extended(known), max_position_embeddings=method.max_position_embeddings(known))
 
 
 def build(

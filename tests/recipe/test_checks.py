@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longred_megatron.recipe import Architecture, check_recipe, load_recipe, rope_extension
+from longred_megatron.recipe import Architecture, check_recipe, load_recipe, rope_source
 from longred_megatron.recipe.checks import _divisors, _multiples
+from longred_megatron.rope import RopeSource
 
 Write = Callable[..., Path]
 Check = Callable[..., list[str]]
@@ -98,6 +99,21 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         ("model.rope={method: yarn, beta_fast: 1, beta_slow: 32}",),
         {},
         "`model.rope.beta_fast` is 1: must be greater than beta_slow 32",
+    ),
+    "dynamic without a longer window": (
+        (
+            "model.rope=dynamic",
+            "model.max_position_embeddings=8192",
+            "objectives.long_text.sequence_length=8192",
+            *ALONE,
+        ),
+        {},
+        "`model.rope.method` is 'dynamic': has no effect: the base grows past the 8192 positions of model.hf",
+    ),
+    "longrope for other heads": (
+        (f"model.rope={{method: longrope, short_factor: {[1.0] * 64}, long_factor: [1, 2]}}",),
+        {},
+        "`model.rope.long_factor` has 2 entries: must have 64, one for each rotated pair of the 128 dims of a head",
     ),
     "long text over target": (
         ("objectives.long_text.sequence_length=65536",),
@@ -353,25 +369,25 @@ def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) ->
     assert len(check("precision.fp8=hybrid", gpu=None)) == 1
 
 
-def test_rope_extension(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
+def test_what_the_rope_method_knows(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
     path = write(values)
-    abf = rope_extension(load_recipe(path), architecture)
-    assert abf == {"method": "abf", "theta": 2e7, "original_window": 8192}
-    pi = rope_extension(load_recipe(path, ["model.rope={method: pi}"]), architecture)
-    assert pi == {"method": "pi", "factor": 4.0, "original_window": 8192}
-    given = rope_extension(load_recipe(path, ["model.rope={method: yarn, factor: 8}"]), architecture)
-    assert given["factor"] == 8.0
-    assert (given["beta_fast"], given["beta_slow"], given["attention_factor"]) == (32.0, 1.0, None)
+    source = rope_source(load_recipe(path), architecture)
+    assert source == RopeSource(architecture.rope, head_dim=128, original_window=8192, target_window=32768)
+    abf = load_recipe(path).model.rope.extended(source)
+    assert abf == {"rope_type": "default", "rope_theta": 2e7}
+    pi = load_recipe(path, ["model.rope={method: pi}"]).model.rope.extended(source)
+    assert pi == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    given = load_recipe(path, ["model.rope={method: yarn, factor: 8}"]).model.rope.extended(source)
+    assert given["factor"] == 8.0 and given["original_max_position_embeddings"] == 8192
+    assert (given["beta_fast"], given["beta_slow"]) == (32.0, 1.0) and "attention_factor" not in given
 
 
-@pytest.mark.parametrize("method", ["{method: abf, theta: 2e7}", "{method: pi}", "{method: yarn}", "none"])
-def test_rope_extension_is_what_extended_rope_takes(
+@pytest.mark.parametrize("method", ["{method: abf, theta: 2e7}", "{method: pi}", "yarn", "dynamic", "none"])
+def test_every_method_but_none_changes_rope(
     write: Write, values: dict[str, Any], architecture: Architecture, method: str
 ) -> None:
-    from longred_megatron.rope.scaling import extended_rope
-
     recipe = load_recipe(write(values), [f"model.rope={method}"])
-    rope = extended_rope(architecture.rope, **rope_extension(recipe, architecture))
+    rope = recipe.model.rope.extended(rope_source(recipe, architecture))
     assert (rope == architecture.rope) == (method == "none")
 
 
