@@ -77,7 +77,7 @@ def stage_logits(stage: Stage, architecture: Architecture, tokens: Tensor) -> Te
     """Logits [sequences, sequence_length, vocabulary] of a whole model in one stage, which becomes fp32."""
     stage = stage.float().eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden, _ = stage(tokens, positions)
+    hidden, _ = stage(tokens, positions, length=tokens.shape[1])
     logits = hidden[:, 0] @ stage.head_weight().T
     return logits[:, : architecture.vocab_size].view(*tokens.shape, -1)
 

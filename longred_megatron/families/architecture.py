@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from longred_megatron.errors import UserError
+from longred_megatron.rope.frequencies import rope_types
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def _check_representable(path: Path, config: Any) -> None:
     if config.hidden_act != "silu":
         problems.append(f"{path}: hidden_act {config.hidden_act!r} is not supported, only 'silu'")
     rope_type = config.rope_parameters.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        problems.append(f"{path}: rope_type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    if rope_type not in rope_types():
+        problems.append(f"{path}: rope_type {rope_type!r} is not supported; supported are {', '.join(rope_types())}")
     sliding = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ())
     if (sliding is not None and config.model_type == "mistral") or "sliding_attention" in layer_types:

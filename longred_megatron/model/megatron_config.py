@@ -21,8 +21,8 @@ def transformer_config(
     attention_factor: float = 1.0,
 ) -> TransformerConfig:
     """Args:
-    attention_factor: what YaRN multiplies rotated queries and keys by. Their product carries its square, which
-        is applied to the softmax scale instead: the same numbers, since every dim of a head is rotated.
+    attention_factor: what some kinds of RoPE multiply rotated queries and keys by. Their product carries its square,
+        which is applied to the softmax scale instead: the same numbers, since every dim of a head is rotated.
     """
     gpu = torch.cuda.is_available()
     dtype = DTYPES[precision.params]

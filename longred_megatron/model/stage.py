@@ -17,7 +17,7 @@ from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
 from longred_megatron.model.taps import attention_values
 from longred_megatron.objectives.base import Tap
-from longred_megatron.rope.scaling import inverse_frequencies
+from longred_megatron.rope.frequencies import RotaryFrequencies
 
 
 class Stage(GPTModel):
@@ -30,8 +30,7 @@ class Stage(GPTModel):
         self,
         architecture: Architecture,
         config: TransformerConfig,
-        frequencies: Tensor,
-        attention_factor: float,
+        frequencies: RotaryFrequencies,
         groups: ProcessGroupCollection,
         vp_stage: int | None,
         vocab_rows: int,
@@ -55,7 +54,6 @@ class Stage(GPTModel):
         self.local_vocab_rows = vocab_rows // config.tensor_model_parallel_size
         # Not a buffer: conversion of the module to bf16 must not touch it.
         self.frequencies = frequencies
-        self.attention_factor = attention_factor
 
     def layer_numbers(self) -> range:
         """The layers on this stage, numbered as in Hugging Face `hidden_states` (the first layer's output is 1)."""
@@ -69,12 +67,15 @@ class Stage(GPTModel):
         taps: Collection[Tap] = (),
         whole_sequences: bool = False,
         documents: Documents | None = None,
+        length: int | None = None,
     ) -> tuple[Tensor, dict[Tap, Tensor]]:
         """Args:
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
             taps: what is wanted beside the output; those of layers that lie elsewhere are ignored.
             whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
             documents: lengths of each sequence's documents, where a token sees only its own; needs whole sequences.
+            length: largest position + 1 of the whole micro-batch, the same on all context-parallel ranks; None will do
+                for a RoPE that does not depend on it.
 
         Returns:
             The chunk's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism) and
@@ -82,7 +83,8 @@ class Stage(GPTModel):
             norm, as in Hugging Face.
         """
         first_input = self._embed(tokens) if self.pre_process else self.decoder.input_tensor
-        rotary, layout = rotary_table(positions, self.frequencies), self._layout(tokens, whole_sequences, documents)
+        rotary = rotary_table(positions, self.frequencies(length))
+        layout = self._layout(tokens, whole_sequences, documents)
         numbers, last = self.layer_numbers(), self.architecture.num_layers
         wanted = [tap for tap in sorted(taps) if tap.layer in numbers]
         # A layer's other values are computed from its input, the output of the layer before.
@@ -103,7 +105,7 @@ class Stage(GPTModel):
             if inside:
                 hidden = states.get(layer.layer_number - 1, first_input)
                 found = attention_values(
-                    layer, hidden, [tap.what for tap in inside], rotary, self.attention_factor, layout
+                    layer, hidden, [tap.what for tap in inside], rotary, self.frequencies.attention_factor, layout
                 )
                 values |= {tap: found[tap.what] for tap in inside}
         return output, values
@@ -156,11 +158,12 @@ def build_stages(
 
     vocab_rows: of embedding and head over all tensor ranks; None: the architecture's, filled up to a multiple of them.
     """
-    frequencies, attention_factor = inverse_frequencies(architecture.rope, architecture.head_dim)
-    config = transformer_config(
-        architecture, parallel, precision, recompute=recompute, attention_factor=attention_factor
+    frequencies = RotaryFrequencies(
+        architecture.rope, architecture.head_dim, architecture.max_position_embeddings, torch.cuda.current_device()
     )
-    frequencies = frequencies.to(torch.cuda.current_device())
+    config = transformer_config(
+        architecture, parallel, precision, recompute=recompute, attention_factor=frequencies.attention_factor
+    )
     chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     rows = vocab_rows or padded_vocab_size(architecture, parallel.tensor)
-    return [Stage(architecture, config, frequencies, attention_factor, groups, chunk, rows) for chunk in chunks]
+    return [Stage(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]

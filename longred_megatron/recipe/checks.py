@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.problems import nearest
 from longred_megatron.recipe.schema import Recipe
-from longred_megatron.rope.methods import AbfRope, PiRope, UnchangedRope, YarnRope
 
 
 def check_phases(phases: Sequence[Phase], world_size: int, *, gpu: bool | None = None) -> list[str]:
@@ -31,7 +29,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
     recipe, source = phase.recipe, phase.source
     found = [
         *_window_problems(recipe, source),
-        *_rope_problems(recipe, source),
+        *recipe.model.rope.problems("model.rope", phase.rope_source),
         *(p for n, o in recipe.objectives.items() for p in o.problems(f"objectives.{n}", phase.sites[n])),
         *_teacher_problems(phase, phases),
         *_data_problems(recipe, [each.recipe for each in phases]),
@@ -50,62 +48,12 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
     return list(dict.fromkeys(found))  # objectives of one length say the same of the step
 
 
-def rope_extension(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """Keyword arguments for `objectives.rope.extended_rope`; a factor left out is target / original "
-    "window."""
-    original = architecture.max_position_embeddings
-    settings = recipe.model.rope.model_dump()
-    if "factor" in settings and settings["factor"] is None:
-        settings["factor"] = recipe.model.max_position_embeddings / original
-    return {**settings, "original_window": original}
-
-
 def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
     target, original = recipe.model.max_position_embeddings, architecture.max_position_embeddings
     if target < original:
         yield (
             f"`model.max_position_embeddings` is {target}: shorter than the {original} tokens model.hf "
             f"already has; set it to {original} or more"
-        )
-
-
-def _rope_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
-    rope, source = recipe.model.rope, architecture.rope
-    if isinstance(rope, AbfRope):
-        theta = source["rope_theta"]
-        if rope.theta <= theta:
-            effect = "has no effect: it is" if rope.theta == theta else "is below"
-            yield (
-                f"`model.rope.theta` is {rope.theta:g}: {effect} the {theta:g} of model.hf; a longer window "
-                "needs a larger base; raise it, or use rope: none"
-            )
-    elif not isinstance(rope, UnchangedRope):
-        yield from _interpolation_problems(recipe, rope, architecture)
-
-
-def _interpolation_problems(recipe: Recipe, rope: PiRope | YarnRope, architecture: Architecture) -> Iterator[str]:
-    rope_type = architecture.rope.get("rope_type", "default")
-    if rope_type != "default":
-        yield (
-            f"`model.rope.method` is {rope.method!r}: model.hf already has scaled RoPE ({rope_type}), which "
-            "cannot be scaled twice; use abf, which keeps its scaling, or none"
-        )
-    original, target = architecture.max_position_embeddings, recipe.model.max_position_embeddings
-    ratio = target / original
-    if rope.factor is None and ratio <= 1:
-        yield (
-            f"`model.rope.factor` is left out and {target} / {original} gives {ratio:g}: must be greater "
-            "than 1; raise `model.max_position_embeddings` or use rope: none"
-        )
-    if rope.factor is not None and rope.factor < ratio:
-        yield (
-            f"`model.rope.factor` is {rope.factor:g}: reaches only {int(rope.factor * original)} of the "
-            f"{target} positions of `model.max_position_embeddings`; use {ratio:g} or leave it out"
-        )
-    if isinstance(rope, YarnRope) and rope.beta_fast <= rope.beta_slow:
-        yield (
-            f"`model.rope.beta_fast` is {rope.beta_fast:g}: must be greater than beta_slow "
-            f"{rope.beta_slow:g}; YaRN's own values are 32 and 1"
         )
 
 

@@ -9,6 +9,7 @@ from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.objectives.base import Needs, Site
 from longred_megatron.recipe.load import phases_of
 from longred_megatron.recipe.schema import Recipe
+from longred_megatron.rope import RopeSource
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Phase:
             name: _site(self.recipe, self.source, self.teachers.get(self.recipe.teacher_of(name).hf, self.source))
             for name in self.recipe.objectives
         }
+
+    @property
+    def rope_source(self) -> RopeSource:
+        """What the RoPE method may know."""
+        source, window = self.source, self.recipe.model.max_position_embeddings
+        return RopeSource(source.rope, source.head_dim, source.max_position_embeddings, window)
 
     @cached_property
     def needs(self) -> dict[str, Needs]:

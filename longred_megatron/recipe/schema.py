@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.objectives import KINDS, AnyObjective
 from longred_megatron.objectives.base import Teacher
-from longred_megatron.rope.methods import Rope, UnchangedRope
+from longred_megatron.rope import METHODS, Rope
 from longred_megatron.settings import Mark, NumTokens, PositiveFloat, PositiveInt, RecipePath, Settings
 
 
@@ -22,8 +22,9 @@ class Model(Settings):
 
     hf: RecipePath = Field(description="Hugging Face folder: architecture, tokenizer and initial weights")
     rope: Annotated[Rope, Mark.PHASE] = Field(
-        UnchangedRope(),
-        description="how RoPE is scaled: abf, pi, yarn or none; left out: none, the source's own",
+        "none",
+        validate_default=True,
+        description=f"how RoPE is scaled: {', '.join(METHODS)}; left out: none, the source's own",
     )
     max_position_embeddings: Annotated[NumTokens, Mark.PHASE] = Field(description="target window, in tokens")
 

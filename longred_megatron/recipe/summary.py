@@ -154,7 +154,8 @@ def _loss_line(phase: Phase) -> Block:
 
 def _model_lines(recipe: Recipe, architecture: Architecture) -> list[Block]:
     settings = recipe.model.rope.model_dump(exclude={"method"}, exclude_none=True)
-    details = "".join(f", {name} {value:g}" for name, value in settings.items())
+    shown = {k: f"of {len(v)} numbers" if isinstance(v, tuple) else f"{v:g}" for k, v in settings.items()}
+    details = "".join(f", {name} {value}" for name, value in shown.items())
     return [
         Block("parameters", f"{architecture.num_parameters():,}"),
         Block(

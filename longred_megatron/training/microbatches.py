@@ -29,6 +29,8 @@ class MicroBatch(Batch):
     index: int  # within the step, over all replicas
     objective: str  # its name in the recipe
     settings: Objective
+    student_length: int | None = None  # largest position + 1 of the whole micro-batch; known once it is cut
+    teacher_length: int | None = None
 
 
 class MicroBatchSource:

@@ -156,6 +156,8 @@ def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder
     }
     for mark, change in changes.items():
         values = convert_marked(values, Recipe, mark, change)
+    if isinstance(rope := values.get("model", {}).get("rope"), dict):
+        values["model"]["rope"] = _of_small_heads(rope)
     for name, blend in values.get("data", {}).items():
         values["data"][name] = blend and {str(folder / f"texts-{i}"): w for i, w in enumerate(blend.values())}
     if "warmup_steps" in values.get("optimizer", {}):
@@ -206,7 +208,7 @@ def _write_model(hf: Path, architecture: Architecture, hidden: int, tensor: int,
         "intermediate_size": tensor * -(-hidden * architecture.intermediate_size // architecture.hidden_size // tensor),
         "vocab_size": VOCABULARY + architecture.vocab_size % tensor,
         "max_position_embeddings": architecture.max_position_embeddings // factor,
-        "rope_parameters": _divided(dict(architecture.rope), factor),
+        "rope_parameters": _divided(_of_small_heads(architecture.rope), factor),
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": None,
@@ -220,6 +222,12 @@ def _write_model(hf: Path, architecture: Architecture, hidden: int, tensor: int,
 def _divided(rope: dict[str, Any], factor: int) -> dict[str, Any]:
     key = "original_max_position_embeddings"
     return rope | ({key: max(1, rope[key] // factor)} if key in rope else {})
+
+
+def _of_small_heads(rope: dict[str, Any]) -> dict[str, Any]:
+    """A RoPE, of a model or a recipe, for heads of HEAD_DIM: its lists have a number for each pair of dims."""
+    pairs = range(HEAD_DIM // 2)
+    return {k: [v[i * len(v) // len(pairs)] for i in pairs] if isinstance(v, list) else v for k, v in rope.items()}
 
 
 def _write_texts(prefix: Path, longest: int) -> None:

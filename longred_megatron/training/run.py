@@ -20,8 +20,6 @@ from longred_megatron.families import Architecture
 from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
-from longred_megatron.recipe.checks import rope_extension
-from longred_megatron.rope.scaling import extended_rope
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
@@ -50,16 +48,17 @@ class PhaseRun:
         return torch.distributed.get_rank() == 0
 
 
-def extended_architecture(recipe: Recipe, source: Architecture) -> Architecture:
-    """The model with the recipe's RoPE and window."""
-    rope = extended_rope(source.rope, **rope_extension(recipe, source))
-    return replace(source, rope=rope, max_position_embeddings=recipe.model.max_position_embeddings)
+def extended_architecture(phase: Phase) -> Architecture:
+    """The model with the phase's RoPE and window."""
+    method, known = phase.recipe.model.rope, phase.rope_source
+    window = method.max_position_embeddings(known)
+    return replace(phase.source, rope=method.extended(known), max_position_embeddings=window)
 
 
 def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) -> PhaseRun:
     """Builds student, teachers and optimizer, with their initial weights."""
     recipe = phase.recipe
-    student = extended_architecture(recipe, phase.source)
+    student = extended_architecture(phase)
     chunks = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     huggingface.load_weights(chunks, recipe.model.hf, student, groups)
     teachers = {hf: build_teacher(phase, hf, student, groups) for hf in phase.teachers}

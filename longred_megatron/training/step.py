@@ -83,6 +83,8 @@ class TrainStep:
             student_positions=cut(microbatch.student_positions),
             teacher_positions=None if microbatch.teacher_positions is None else cut(microbatch.teacher_positions),
             documents=documents,
+            student_length=_length(microbatch.student_positions),
+            teacher_length=_length(microbatch.teacher_positions),
         )
 
     def _teacher_chunks(self, microbatch: MicroBatch) -> Sequence[Stage]:
@@ -114,6 +116,7 @@ class TrainStep:
                 self.phase.needs[microbatch.objective].teacher_taps(chunk.architecture.num_layers),
                 microbatch.settings.whole_sequences,
                 microbatch.documents,
+                microbatch.teacher_length,
             )
             # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
             targets[i] |= {tap: value.detach() for tap, value in values.items()}
@@ -147,6 +150,7 @@ class TrainStep:
                 needs.pairs,
                 microbatch.settings.whole_sequences,
                 microbatch.documents,
+                microbatch.student_length,
             )
             teacher = self._teacher_chunks(microbatch)
             last = teacher[-1] if teacher else None
@@ -194,3 +198,8 @@ def _microbatch_group(chunks: Sequence[Stage], size: int) -> Iterator[None]:
         yield
     finally:
         config.microbatch_group_size_per_vp_stage = before
+
+
+def _length(positions: Tensor | None) -> int | None:
+    """Largest position + 1, of the whole micro-batch: all context ranks must rotate alike."""
+    return None if positions is None else int(positions.max()) + 1

@@ -34,6 +34,15 @@ LLAMA3_ROPE = {
 }
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 3.0, 4.0],
+}
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_2": lambda: LlamaConfig(**SIZES, num_attention_heads=4),
@@ -42,6 +51,8 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama_biases": lambda: LlamaConfig(**SIZES, **GROUPED, attention_bias=True, mlp_bias=True),
     "llama_yarn": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=YARN_ROPE),
     "llama_linear": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LINEAR_ROPE),
+    "llama_dynamic": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=DYNAMIC_ROPE),
+    "llama_longrope": lambda: LlamaConfig(**SIZES, **GROUPED, rope_parameters=LONGROPE),
     "mistral": lambda: MistralConfig(**SIZES, **GROUPED, head_dim=16, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**SIZES, **GROUPED),
     "qwen2_tied": lambda: Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),

@@ -13,13 +13,23 @@ from transformers.utils import logging as transformers_logging
 
 from longred_megatron.checkpoint import huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
-from longred_megatron.checkpoint.verification import same_bits, verify
+from longred_megatron.checkpoint.verification import same_bits, stage_logits, verify
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import build_stages
-from longred_megatron.rope.scaling import extended_rope
-from tests.checkpoint.small_models import LINEAR_ROPE, LLAMA3_ROPE, MODELS, YARN_ROPE, edit_json, write_model
+from longred_megatron.recipe.schema import Model
+from longred_megatron.rope import RopeSource
+from tests.checkpoint.small_models import (
+    DYNAMIC_ROPE,
+    LINEAR_ROPE,
+    LLAMA3_ROPE,
+    LONGROPE,
+    MODELS,
+    YARN_ROPE,
+    edit_json,
+    write_model,
+)
 
 
 def load(folder, groups, params="fp32"):
@@ -74,6 +84,8 @@ def test_there_and_back_is_bitwise_and_logits_agree(name, tmp_path, groups, load
     found = verify(stages, output, architecture, groups)
     assert found.different == [] and found.num_tensors == len(all_tensors(source))
     assert found.max_logit_difference < 1e-4 < 0.1 < found.max_logit
+    past_the_window = verify(stages, output, architecture, groups, num_tokens=150)
+    assert past_the_window.max_logit_difference < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -112,6 +124,11 @@ EXTENSIONS = {
     "abf": ({"method": "abf", "theta": 2e6}, 256),
     "pi": ({"method": "pi", "factor": 4.0}, 256),
     "yarn": ({"method": "yarn", "factor": 4.0, "beta_fast": 16.0, "attention_factor": 1.2}, 256),
+    "dynamic": ({"method": "dynamic"}, 256),
+    "longrope": (
+        {"method": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 1.5, 3.0, 4.0]},
+        256,
+    ),
 }
 
 
@@ -123,7 +140,9 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
         edit_json(source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32")
     stages, architecture = load(source, groups)
     settings, window = EXTENSIONS[method]
-    rope = extended_rope(architecture.rope, original_window=64, **settings)
+    method = Model(hf=source, rope=settings, max_position_embeddings=window).rope
+    rope_source = RopeSource(architecture.rope, architecture.head_dim, original_window=64, target_window=window)
+    rope, window = method.extended(rope_source), method.max_position_embeddings(rope_source)
     output = export_unchanged(
         stages, architecture, groups, source, tmp_path / "output", rope=rope, max_position_embeddings=window
     )
@@ -135,11 +154,20 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
     assert exported.rope == rope and exported.max_position_embeddings == window
     extended = build_stages(exported, Parallel(), Precision(params="fp32"), groups)
     load_weights(extended, output, exported, groups)
-    assert verify(extended, output, exported, groups).max_logit_difference < 1e-4
+    for num_tokens in (16, 64, 65, 200):  # up to the original window, past it
+        assert verify(extended, output, exported, groups, num_tokens=num_tokens).max_logit_difference < 1e-4
     load_silently(output)
+    if method.method in ("dynamic", "longrope"):
+        # Later tokens do not change what the model sees of the 64 before them, but all of their frequencies.
+        tokens = torch.arange(200)[None] % architecture.vocab_size
+        shorter = stage_logits(extended[0], exported, tokens[:, :64])
+        assert (stage_logits(extended[0], exported, tokens)[:, :64] - shorter).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("rope", [LLAMA3_ROPE, YARN_ROPE, LINEAR_ROPE], ids=lambda rope: rope["rope_type"])
+SCALED = [LLAMA3_ROPE, YARN_ROPE, LINEAR_ROPE, DYNAMIC_ROPE, LONGROPE]
+
+
+@pytest.mark.parametrize("rope", SCALED, ids=lambda rope: rope["rope_type"])
 def test_legacy_scaling_named_type_is_kept(rope, tmp_path, groups, load_silently):
     source = write_model("llama_3", tmp_path / "source")
     scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
@@ -323,6 +351,12 @@ def test_source_without_config_is_named(source, tmp_path, groups):
     (gone / "config.json").unlink()
     with pytest.raises(UserError, match=r"gone/config\.json"):
         export_unchanged(stages, architecture, groups, gone, tmp_path / "output")
+
+
+def test_rope_that_transformers_cannot_compute_is_refused(source, groups):
+    edit_json(source / "config.json", rope_parameters={"rope_type": "axial", "rope_theta": 1e4})
+    message = problem(source, groups)
+    assert "rope_type 'axial' is not supported; supported are default, linear, dynamic, yarn, longrope," in message
 
 
 def test_biases_megatron_cannot_hold_are_refused(source, groups):

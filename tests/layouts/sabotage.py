@@ -30,6 +30,19 @@ def positions_not_cut() -> Iterator[None]:
 
 
 @contextmanager
+def length_of_own_rank() -> Iterator[None]:
+    """A RoPE that depends on the length takes the largest position of the rank's own part."""
+    cut = step.TrainStep._cut
+
+    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> MicroBatch:
+        local = cut(self, microbatch)
+        return replace(local, student_length=int(local.student_positions.max()) + 1)
+
+    with patch.object(step.TrainStep, "_cut", faulty):
+        yield
+
+
+@contextmanager
 def weight_of_another_microbatch() -> Iterator[None]:
     """The scale of an injected loss is kept in the class, as in Megatron's auxiliary losses."""
 
@@ -131,6 +144,7 @@ SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     fault.__name__: fault
     for fault in (
         positions_not_cut,
+        length_of_own_rank,
         weight_of_another_microbatch,
         loss_counted_per_tensor_rank,
         gradient_of_context_ranks_lost,

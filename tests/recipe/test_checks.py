@@ -11,7 +11,8 @@ from longred_megatron.errors import multiples
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Layers, Needs, Objective, Site, Tap
 from longred_megatron.recipe import load_recipe
-from longred_megatron.recipe.checks import _divisors, check_phase, rope_extension
+from longred_megatron.recipe.checks import _divisors, check_phase
+from longred_megatron.rope import RopeSource
 from tests.recipe.conftest import phase_of
 
 Write = Callable[..., Path]
@@ -102,6 +103,21 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         ("model.rope={method: yarn, beta_fast: 1, beta_slow: 32}",),
         {},
         "`model.rope.beta_fast` is 1: must be greater than beta_slow 32",
+    ),
+    "dynamic without a longer window": (
+        (
+            "model.rope=dynamic",
+            "model.max_position_embeddings=8192",
+            "objectives.long_text.sequence_length=8192",
+            *ALONE,
+        ),
+        {},
+        "`model.rope.method` is 'dynamic': has no effect: the base grows past the 8192 positions of model.hf",
+    ),
+    "longrope for other heads": (
+        (f"model.rope={{method: longrope, short_factor: {[1.0] * 64}, long_factor: [1, 2]}}",),
+        {},
+        "`model.rope.long_factor` has 2 entries: must have 64, one for each rotated pair of the 128 dims of a head",
     ),
     "long text over target": (
         ("objectives.long_text.sequence_length=65536",),
@@ -390,7 +406,7 @@ def test_sizes_and_window_are_of_the_objectives_own_teacher(check: Check, archit
 def test_cuts_of_every_teacher_are_checked(check: Check, architecture: Architecture) -> None:
     teacher = replace(architecture, num_layers=15, num_kv_heads=3)
     own = ("objectives.short_to_long.teacher.hf=/own", "objectives.short_restoration.teacher.hf=/another")
-    found = check(*own, "teacher.hf=null", "parallel={pipeline: 16, tensor: 2}", world_size=32, teacher=teacher)
+    found = check(*own, "parallel={pipeline: 16, tensor: 2}", world_size=32, teacher=teacher)
     ours = [problem for problem in found if problem.startswith("`parallel.")]
     assert len(ours) == 4
     for folder in ("/own", "/another"):
@@ -542,25 +558,25 @@ def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) ->
     assert len(check("precision.fp8=hybrid", gpu=None)) == 1
 
 
-def test_rope_extension(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
+def test_what_the_rope_method_knows(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
     path = write(values)
-    abf = rope_extension(load_recipe(path), architecture)
-    assert abf == {"method": "abf", "theta": 2e7, "original_window": 8192}
-    pi = rope_extension(load_recipe(path, ["model.rope={method: pi}"]), architecture)
-    assert pi == {"method": "pi", "factor": 4.0, "original_window": 8192}
-    given = rope_extension(load_recipe(path, ["model.rope={method: yarn, factor: 8}"]), architecture)
-    assert given["factor"] == 8.0
-    assert (given["beta_fast"], given["beta_slow"], given["attention_factor"]) == (32.0, 1.0, None)
+    source = phase_of(load_recipe(path), architecture).rope_source
+    assert source == RopeSource(architecture.rope, head_dim=128, original_window=8192, target_window=32768)
+    abf = load_recipe(path).model.rope.extended(source)
+    assert abf == {"rope_type": "default", "rope_theta": 2e7}
+    pi = load_recipe(path, ["model.rope={method: pi}"]).model.rope.extended(source)
+    assert pi == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
+    given = load_recipe(path, ["model.rope={method: yarn, factor: 8}"]).model.rope.extended(source)
+    assert given["factor"] == 8.0 and given["original_max_position_embeddings"] == 8192
+    assert (given["beta_fast"], given["beta_slow"]) == (32.0, 1.0) and "attention_factor" not in given
 
 
-@pytest.mark.parametrize("method", ["{method: abf, theta: 2e7}", "{method: pi}", "{method: yarn}", "none"])
-def test_rope_extension_is_what_extended_rope_takes(
+@pytest.mark.parametrize("method", ["{method: abf, theta: 2e7}", "{method: pi}", "yarn", "dynamic", "none"])
+def test_every_method_but_none_changes_rope(
     write: Write, values: dict[str, Any], architecture: Architecture, method: str
 ) -> None:
-    from longred_megatron.rope.scaling import extended_rope
-
     recipe = load_recipe(write(values), [f"model.rope={method}"])
-    rope = extended_rope(architecture.rope, **rope_extension(recipe, architecture))
+    rope = recipe.model.rope.extended(phase_of(recipe, architecture).rope_source)
     assert (rope == architecture.rope) == (method == "none")
 
 

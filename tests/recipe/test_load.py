@@ -32,7 +32,7 @@ def test_defaults(write: Write, values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("rope", "method"),
-    [(None, "none"), ("none", "none"), ({"method": "none"}, "none"), ({"method": "pi"}, "pi")],
+    [(None, "none"), ("none", "none"), ({"method": "none"}, "none"), ({"method": "pi"}, "pi"), ("pi", "pi")],
 )
 def test_rope_forms(write: Write, values: dict[str, Any], rope: Any, method: str) -> None:
     del values["model"]["rope"]
@@ -453,13 +453,22 @@ def test_everything_that_is_wrong_comes_in_one_message(write: Write, values: dic
     assert len(found) == len(expected), found
 
 
+ROPES = "'abf', 'dynamic', 'longrope', 'none', 'pi', 'yarn'"
+
+
 @pytest.mark.parametrize(
     ("rope", "expected"),
     [
-        ({"method": "abff"}, "`model.rope.method` is 'abff': must be one of 'abf', 'pi', 'yarn', 'none'"),
-        ({"theta": 2e7}, "`model.rope.method` is missing: add one of 'abf', 'pi', 'yarn', 'none'"),
-        ("pi", "`model.rope` is 'pi': must be a mapping (key: value)"),
+        ({"method": "abff"}, f"`model.rope.method` is 'abff': must be one of {ROPES}"),
+        ({"theta": 2e7}, f"`model.rope.method` is missing: add one of {ROPES}"),
+        (3, "`model.rope` is 3: must be a mapping (key: value)"),
+        ("abff", f"`model.rope.method` is 'abff': must be one of {ROPES}"),
+        ("abf", "`model.rope.theta` is missing: add it (RoPE base"),
         ({"method": "abf"}, "`model.rope.theta` is missing: add it (RoPE base"),
+        (
+            {"method": "longrope", "short_factor": [1], "long_factor": ["a"]},
+            "`model.rope.long_factor[0]` is 'a': must be a number (",
+        ),
         ({"method": "yarn", "factor": 1}, "`model.rope.factor` is 1: must be greater than 1"),
         ({"method": "none", "theta": 1}, "unknown key `model.rope.theta`; known here: method"),
     ],
@@ -515,6 +524,15 @@ rope = st.one_of(
     st.fixed_dictionaries(
         {"method": st.just("yarn")},
         optional={"beta_fast": positive, "attention_factor": st.none() | positive},
+    ),
+    st.fixed_dictionaries({"method": st.just("dynamic")}, optional={"factor": st.floats(1, 1e300)}),
+    st.fixed_dictionaries(
+        {
+            "method": st.just("longrope"),
+            "short_factor": st.lists(positive, min_size=1, max_size=4),
+            "long_factor": st.lists(positive, min_size=1, max_size=4),
+        },
+        optional={"attention_factor": positive},
     ),
 )
 recipes = st.fixed_dictionaries(

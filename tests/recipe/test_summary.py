@@ -48,6 +48,12 @@ def test_arithmetic_of_the_published_step(summarise: Callable[..., str]) -> None
     assert "786,432 (37.5%): 768 x 1,024" in text
 
 
+def test_lists_of_a_rope_are_counted(summarise: Callable[..., str]) -> None:
+    factors = f"short_factor: {[1.0] * 64}, long_factor: {[2.0] * 64}"
+    text = summarise(f"model.rope={{method: longrope, {factors}, attention_factor: 1.25}}")
+    assert "rope longrope, short_factor of 64 numbers, long_factor of 64 numbers, attention_factor 1.25" in text
+
+
 def test_what_is_skipped(summarise: Callable[..., str]) -> None:
     assert summarise().endswith(
         "the teacher on long_text; the teacher's head; the model's head on short_to_long, short_restoration"

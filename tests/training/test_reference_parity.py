@@ -18,8 +18,9 @@ from longred_megatron.training.run import PhaseRun, extended_architecture
 from tests.training.workspace import build_run, make_workspace
 
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
-# Each family once, and between them: tied and untied, biases, q/k norm, llama3 and yarn scaling.
-CASES = ("llama_3", "llama_3_2", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen3_tied")
+# Each family once, and between them: tied and untied, biases, q/k norm, scaled RoPE of the source.
+SCALED = ("llama_yarn", "llama_dynamic", "llama_longrope")
+CASES = ("llama_3", "llama_3_2", "llama_biases", *SCALED, "mistral", "qwen2", "qwen3_tied")
 
 
 def megatron_gradients(run: PhaseRun) -> dict[str, Tensor]:
@@ -48,6 +49,8 @@ def reference(run: PhaseRun, microbatches: list[MicroBatch]) -> tuple[Tensor, di
     teacher = AutoModelForCausalLM.from_pretrained(run.phase.recipe.teacher.hf, dtype=torch.float32)
     total = torch.zeros(())
     for m in microbatches:
+        for model in (student, teacher):  # transformers' dynamic NTK remembers the longest call so far
+            model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
         out = student(m.tokens, position_ids=m.student_positions, output_hidden_states=True)
         if m.objective == "long_text":
             loss = cross_entropy(out.logits.flatten(0, 1), m.labels.flatten())
@@ -85,7 +88,7 @@ def assert_same(run: PhaseRun, microbatches: list[MicroBatch]) -> None:
 
 @pytest.mark.parametrize("model", CASES)
 def test_step_equals_plain_torch(model: str, tmp_path: Path, groups: ProcessGroupCollection) -> None:
-    unchanged = ("model.rope=none",) if model == "llama_yarn" else ()  # the source is scaled already
+    unchanged = ("model.rope=none",) if model in SCALED else ()
     run = build_run(make_workspace(tmp_path, model), groups, *unchanged)
     assert_same(run, run.data.step(1, 0, 1))
 
@@ -98,7 +101,15 @@ def test_each_objective_alone(objective: str, recompute: str, tmp_path: Path, gr
     assert_same(run, run.data.step(1, 0, 1))
 
 
-@pytest.mark.parametrize("method", ["{method: pi, factor: 4}", "{method: yarn, factor: 4}"])
+METHODS = (
+    "{method: pi, factor: 4}",
+    "{method: yarn, factor: 4}",
+    "dynamic",
+    "{method: longrope, short_factor: [1.0, 1.1, 1.2, 1.3], long_factor: [1.0, 1.5, 3.0, 4.0]}",
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_rope_scaling_of_the_student(method: str, tmp_path: Path, groups: ProcessGroupCollection) -> None:
     run = build_run(make_workspace(tmp_path), groups, f"model.rope={method}")
     assert_same(run, run.data.step(1, 0, 1))

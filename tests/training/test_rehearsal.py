@@ -13,7 +13,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import dump_recipe, load_recipe, read_phases
+from longred_megatron.recipe import check_phases, dump_recipe, load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.rehearsal import Rehearsal, shrink
 from longred_megatron.training.run import build
@@ -157,6 +157,22 @@ def test_what_is_kept_and_what_is_not(tmp_path: Path) -> None:
     architecture = read_architecture(small.model.hf)
     assert architecture.num_layers == 32
     assert architecture.num_attention_heads == 4 * architecture.num_kv_heads
+
+
+def test_a_rope_with_a_number_for_each_pair_is_cut_to_small_heads(tmp_path: Path) -> None:
+    factors = [1 + i / 16 for i in range(64)]
+    rope = f"{{method: longrope, short_factor: {factors}, long_factor: {factors}}}"
+    small = shrunk("llama3_8b_32k_longred_c", tmp_path, f"model.rope={rope}").recipe
+    assert small.model.rope.model_dump()["long_factor"] == (1.0, 2.0, 3.0, 4.0)
+    assert not check_phases(read_phases(small), 8)
+    scaled = {"rope_type": "longrope", "rope_theta": 5e5, "short_factor": factors, "long_factor": factors}
+    scaled |= {"factor": 2.0, "original_max_position_embeddings": 4096}
+    hf = write_config(tmp_path / "scaled", LLAMA_3_8B | {"rope_parameters": scaled})
+    (tmp_path / "out-2").mkdir()
+    recipe = load_recipe(RECIPES / "llama3_8b_32k_longred_c.yaml", [f"model.hf={hf}"])
+    source = read_architecture(shrink(recipe, tmp_path / "out-2").recipe.model.hf)
+    assert source.rope["short_factor"] == [1.0, 2.0, 3.0, 4.0]
+    assert source.rope["original_max_position_embeddings"] == source.max_position_embeddings // 2
 
 
 def test_a_layout_of_too_many_ranks_is_made_smaller_and_said_to_be(tmp_path: Path) -> None:
