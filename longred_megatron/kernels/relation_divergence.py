@@ -12,10 +12,10 @@ from longred_megatron.kernels.linear_loss import arithmetic_dtype
 
 # fp32 bytes of one [heads, rows, columns] block of scores, of which three are alive (and a 16-bit one on a GPU).
 BLOCK_BYTES = 64 * 2**20
-# The most rows of a block. All of its rows have the columns that its last row reaches, so n blocks compute (n + 1) / n
-# times the causal half. Enough rows for each block's reading and writing of the columns' fp32 gradient [columns,
-# head_dim] to be little beside about ten passes over its scores [rows, columns] (on a CPU, at 4096 tokens, 128 and 512
-# rows take 1.5 times as long).
+# The most rows of a block. All of them have the columns that the last one reaches, so n blocks compute (n + 1) / n
+# times the causal half; but each block reads and writes the columns' fp32 gradient [columns, head_dim], which should be
+# little beside about ten passes over its scores [rows, columns]. On a CPU, at 4096 tokens and head_dim 64, 64 to 256
+# rows take equally long, 1024 take 1.8 times as long.
 BLOCK_ROWS = 256
 # A score without probability. Finite, so that the difference of two is 0 and not NaN.
 NO_PROBABILITY = -1e30
@@ -42,8 +42,7 @@ def relation_divergence(
       parallelism), the sum over pieces is the loss of the whole.
 
     On a layer's queries, keys or values this is, up to its divisor, the layer's Q/Q, K/K or V/V term in LinearARD's
-    loss (arXiv 2604.00004), which are means over sequences, heads and rows. Divided by heads and by the number of
-    tokens N_i it is one term of the step loss
+    loss (arXiv 2604.00004). Divided by the number of heads and the number of tokens N_i it is one term of the step loss
         (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over tokens of loss_o(token).
     Divisors and weight are the caller's.
 
@@ -52,8 +51,8 @@ def relation_divergence(
     summed in fp32 (fp64), kept in the inputs' dtype, and are all that is kept for the backward pass. The teacher gets
     none. Can be differentiated once.
 
-    All arithmetic is in fp32 (fp64), but that on a GPU the matrix products of 16-bit inputs take 16-bit factors and
-    give fp32: so scores are not rounded to 16 bits, and their gradient p_s - p_t is.
+    Softmax, KL and sums run in fp32 (fp64). Matrix products do too, except those of 16-bit inputs on a GPU: these take
+    16-bit factors and give fp32, so the scores are not rounded to 16 bits; their gradient p_s - p_t is.
 
     Raises ValueError when the shapes do not fit, or first_row is outside the columns.
     """
@@ -84,6 +83,7 @@ class _RelationDivergence(torch.autograd.Function):
         sequences, num_rows, heads, head_dim = student.shape
         row_bytes = 4 * max(1, first_row + num_rows)
         block_rows = max(1, min(BLOCK_ROWS, num_rows, BLOCK_BYTES // row_bytes))
+        # Of all sequences: a block may have several heads of several sequences.
         block_heads = max(1, BLOCK_BYTES // (row_bytes * block_rows))
         for group in _groups(sequences, heads, block_heads):
             rows, teacher_rows = _by_head(student, group), _by_head(teacher, group)
@@ -102,7 +102,7 @@ class _RelationDivergence(torch.autograd.Function):
                     _log_probabilities(teacher_rows[:, block], teachers[:, reach]),
                 )
                 loss += block_loss
-                by_scores = by_scores.to(rows.dtype)
+                by_scores = by_scores.to(rows.dtype)  # 16 bits on a GPU
                 if by_rows is not None:
                     by_rows[:, block] += _product(by_scores, columns[:, reach])
                 if by_columns is not None:
