@@ -48,11 +48,13 @@ class Settings:
     original_window: default the reference's max_position_embeddings; extended_window: default the largest of
     the models'; lengths: of retrieval prompts, default a quarter of the original window, doubled up to the
     extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
-    tokens_per_batch: rows of a window are batched up to this many tokens.
+    text_key: the text's key in .jsonl lines, and its column in .parquet files. tokens_per_batch: rows of a window
+    are batched up to this many tokens.
     """
 
     short_texts: tuple[Path, ...] = ()
     long_texts: tuple[Path, ...] = ()
+    text_key: str = "text"
     original_window: int | None = None
     extended_window: int | None = None
     num_short_windows: int = 64
@@ -123,7 +125,8 @@ def evaluate(
     device = resolve_device(settings.device)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
-    short_source, long_source = text_source(settings.short_texts), text_source(settings.long_texts)
+    short_source = text_source(settings.short_texts, settings.text_key)
+    long_source = text_source(settings.long_texts, settings.text_key)
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
 
     encoders = [load_encoder(fact.path) for fact in facts]
