@@ -1,7 +1,6 @@
 """Evaluates several models side by side: perplexity, retrieval, similarity; a table, a JSON file, a page."""
 
 import dataclasses
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from longred_megatron.evaluation.texts import (
     text_source,
     token_stream,
 )
+from longred_megatron.files import write_text
 
 # Enough to fill a GPU; on a CPU, few enough for activations to stay in its caches (a fifth faster than 8192).
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
@@ -163,9 +163,8 @@ def evaluate(
         command=command,
         seconds=time.perf_counter() - started,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / report.PAGE, page.render(finished))
-    _write(output / report.RESULTS, finished.to_json())
+    write_text(output / report.PAGE, page.render(finished))
+    write_text(output / report.RESULTS, finished.to_json())
     return finished
 
 
@@ -305,10 +304,3 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(f"{number:,}" for number in numbers)
-
-
-def _write(path: Path, text: str) -> None:
-    """In one step, so that an interrupted run leaves the earlier report whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

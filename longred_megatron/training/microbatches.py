@@ -5,7 +5,6 @@ All of it is a pure function of the recipe and the step's number.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from longred_megatron.data.packing import Pack, PackedSequences
 from longred_megatron.data.sequences import IndexedSequences, SequenceSource
 from longred_megatron.errors import UserError
+from longred_megatron.files import appearing_whole
 from longred_megatron.kernels import positions
 from longred_megatron.recipe import Recipe
 from longred_megatron.recipe.schema import PackedDistillation, ShortToLong
@@ -182,9 +182,7 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
             lengths = [torch.tensor(row) for row in batch.documents]
             numbers = [torch.arange(len(row)).repeat_interleave(row) for row in lengths]
             tensors[f"{i}.documents"] = torch.stack(numbers)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:05d}.dp-{replica}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
-    os.replace(partial, path)
+    with appearing_whole(path) as partial:
+        save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
     return path

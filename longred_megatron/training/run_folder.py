@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.errors import UserError
+from longred_megatron.files import PARTIAL
 from longred_megatron.recipe import Recipe, dump_recipe
 
 # What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
@@ -20,16 +20,7 @@ _FREE_KEYS = (
     "training.hang_minutes",
 )
 
-
 RANKS = "ranks"  # what each rank is doing, see `watchdog`
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file, and its folder, at once: a process killed meanwhile leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -44,7 +35,7 @@ def check_run_folder(recipe: Recipe) -> None:
         if any(path.name != RANKS for path in folder.iterdir()):
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
-    old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(), dump_recipe(recipe)))
+    old, new = (_flat(yaml.safe_load(text)) for text in (stored.read_text(encoding="utf-8"), dump_recipe(recipe)))
     # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
     length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
     changed = [
