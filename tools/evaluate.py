@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
-from longred_megatron.evaluation.models import DTYPES
 from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
 
 EXAMPLES = """examples:
@@ -142,7 +142,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     running.add_argument(
         "--dtype",
-        choices=("auto", *DTYPES),
+        choices=("auto", *TORCH_DTYPES),
         default=default.dtype,
         help="default: bfloat16 on CUDA, float32 on a CPU",
     )

@@ -15,6 +15,7 @@ from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions
 from longred_megatron.checkpoint.huggingface import check_free, export, load_weights
 from longred_megatron.checkpoint.verification import Verification, verify
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_whole
 from longred_megatron.model.stage import Stage, build_stages
@@ -23,7 +24,6 @@ from longred_megatron.recipe import Architecture, Parallel, Precision, read_arch
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
 RECIPE = "recipe.yaml"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def hf_to_megatron(hf: Path, output: Path) -> None:

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.recipe import Architecture, Parallel, Precision
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(

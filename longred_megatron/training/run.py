@@ -15,9 +15,9 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.files import write_text
-from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
 from longred_megatron.recipe import Architecture, Phase, Recipe, dump_recipe, rope_extension
 from longred_megatron.rope.scaling import extended_rope
