@@ -4,7 +4,7 @@ Three kinds of text:
 
 - *code and prose*: the sources of the Python standard library and the help topics of `pydoc`;
 - *repeats*: lines of random words, each said several times, from which a small model learns to copy;
-- *keys*: the sentences of `data.retrieval_text`, each said more than once, alone or between lines of
+- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of
   the library. Every later saying can only be predicted by finding an earlier one, so one text holds many
   retrieval exercises over many distances.
 
@@ -20,8 +20,8 @@ from itertools import cycle, islice, repeat
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from longred_megatron.data.retrieval_text import WORDS, draw_keys, needle
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.retrieval_text import WORDS, draw_keys, needle
 from longred_megatron.files import write_text
 
 MOST_KEYS = 32  # of one text
