@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from longred_megatron.checkpoint.gguf import convert_gguf
 from longred_megatron.errors import UserError
 from tools import make_smollm2
+from tools.gguf_to_hf import convert_gguf
 
 HEADS, KV_HEADS, HIDDEN = 4, 2, 32
 LAYER_NAMES = {

@@ -10,12 +10,12 @@ made again.
 
 import time
 
-from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.report import PAGE, format_table
+from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
-from longred_megatron.evaluation.models import DTYPES
 from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
 
 EXAMPLES = """examples:
@@ -25,9 +25,9 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf --window 131072 --samples 2 --long-windows 4 --output
   report
 
-Texts are .txt files, .jsonl files with a "text" on each line, or folders of them; with none, the Python
-standard library's sources of this machine. The output folder gets report.html and results.json. It must be
-new, empty, or hold an earlier report."""
+Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
+them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
+results.json. It must be new, empty, or hold an earlier report."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -69,6 +69,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=Path,
         metavar="PATH",
         help="texts for the extended window and as filler of retrieval prompts",
+    )
+    texts.add_argument(
+        "--text-key",
+        default=default.text_key,
+        metavar="KEY",
+        help="the text's key in .jsonl lines and its column in .parquet files (%(default)s)",
     )
     texts.add_argument(
         "--window",
@@ -136,7 +142,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     running.add_argument(
         "--dtype",
-        choices=("auto", *DTYPES),
+        choices=("auto", *TORCH_DTYPES),
         default=default.dtype,
         help="default: bfloat16 on CUDA, float32 on a CPU",
     )
@@ -160,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),
         long_texts=tuple(options.text if options.long_text is None else options.long_text),
+        text_key=options.text_key,
         original_window=options.original_window,
         extended_window=options.window,
         num_short_windows=options.short_windows,

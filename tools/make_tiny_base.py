@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tiny_runs import BASE, ROOT, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from demo_texts import write_sets
 from longred_megatron.data.prepare import prepare
-from longred_megatron.data.synthetic import write_sets
 from longred_megatron.data.tokenizer import load_tokenizer
 from longred_megatron.errors import run_cli
+from tiny_runs import BASE, ROOT, train
 
 BUILD = ROOT / "build/tiny_base"
 SETS = (

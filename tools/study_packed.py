@@ -17,12 +17,12 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
-from tiny_runs import BASE, RUNS, prepare_texts, train
 from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.report import ModelReport
+from tiny_runs import BASE, RUNS, prepare_texts, train
 
 STUDY = RUNS / "study_packed"
 TEACHER = RUNS / "tiny_long_cpt/hf"

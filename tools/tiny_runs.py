@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from demo_texts import write_sets
 from longred_megatron.data.prepare import prepare
-from longred_megatron.data.synthetic import write_sets
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.local_ranks import training_command
 

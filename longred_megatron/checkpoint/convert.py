@@ -15,15 +15,16 @@ from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions
 from longred_megatron.checkpoint.huggingface import check_free, export, load_weights
 from longred_megatron.checkpoint.verification import Verification, verify
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture, read_architecture
+from longred_megatron.files import appearing_whole
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import Stage, build_stages
 from longred_megatron.parallel.groups import destroy, initialize
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
 RECIPE = "recipe.yaml"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def hf_to_megatron(hf: Path, output: Path) -> None:
@@ -41,17 +42,14 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
         stages = _build(architecture, dtype, groups)
         load_weights(stages, hf, architecture, groups)
         description = {"architecture": asdict(architecture), "source_hf": str(hf), "dtype": dtype}
-        unfinished = output.with_name(f".{output.name}.incomplete")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        distributed.save(unfinished, stages, description)
-    try:
-        (unfinished / HF_SOURCE).mkdir()
-        shutil.copyfile(hf / CONFIG, unfinished / HF_SOURCE / CONFIG)
-        copy_companions(hf, unfinished / HF_SOURCE)
-        unfinished.rename(output)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"{output}: the checkpoint could not be written ({error}); nothing was written") from None
+        try:
+            with appearing_whole(output) as unfinished:
+                distributed.save(unfinished, stages, description)
+                (unfinished / HF_SOURCE).mkdir()
+                shutil.copyfile(hf / CONFIG, unfinished / HF_SOURCE / CONFIG)
+                copy_companions(hf, unfinished / HF_SOURCE)
+        except OSError as error:
+            raise UserError(f"{output}: the checkpoint could not be written ({error}); nothing was written") from None
 
 
 def megatron_to_hf(checkpoint: Path, output: Path) -> None:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from longred_megatron.checkpoint import optimizer_state
 from longred_megatron.errors import UserError
+from longred_megatron.files import PARTIAL
 from longred_megatron.model.stage import Stage
 
 # What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
@@ -48,7 +49,6 @@ _INDEX_NAMES = {
     "pathlib": {"Path", "PosixPath"},
     "builtins": {"set", "frozenset", "slice"},
 }
-PARTIAL = ".partial"
 # What a full disk, a missing right or a damaged file ends in. torch's own is no Exception.
 _FAILURES = (
     OSError,

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, tensor_shapes
+from longred_megatron.dtypes import SAFETENSORS_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 
@@ -18,7 +19,6 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Buffers that older versions of transformers saved; they are computed from config.json.
 _HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MAX_LISTED = 5
 
 
@@ -69,13 +69,13 @@ class WeightFiles:
     def dtypes(self) -> dict[str, torch.dtype]:
         """Tensor name -> dtype. Raises UserError for anything but fp32, fp16 and bf16."""
         named = {name: self[name].get_dtype() for name in self._files if not name.endswith(_HARMLESS_SUFFIXES)}
-        other = [f"{name} ({dtype})" for name, dtype in named.items() if dtype not in _DTYPES]
+        other = [f"{name} ({dtype})" for name, dtype in named.items() if dtype not in SAFETENSORS_DTYPES]
         if other:
             raise UserError(
                 f"{self.hf}: tensors must be fp32, fp16 or bf16, not {_first(other)}; "
                 "use the model that is not quantised"
             )
-        return {name: _DTYPES[dtype] for name, dtype in named.items()}
+        return {name: SAFETENSORS_DTYPES[dtype] for name, dtype in named.items()}
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError unless the tensors are those of `architecture`, in number format and shape too."""

@@ -22,14 +22,17 @@ class Document:
 def find_files(inputs: Sequence[Path]) -> list[Path]:
     """The text files named by `inputs`, in their order; a folder stands for all below it, sorted by path.
 
-    Raises: `UserError` for paths that do not exist, files of another kind, files given twice, and if there is
-    no file at all.
+    Raises: `UserError` for paths that do not exist, files of another kind, files given twice, and folders
+    without a file.
     """
     files: list[Path] = []
     problems: list[str] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            if not found:
+                problems.append(f"input {path}: no {', '.join(SUFFIXES)} file found in it; give a folder that has one")
+            files += found
         elif not path.exists():
             problems.append(f"input {path} does not exist")
         elif path.suffix not in SUFFIXES:
@@ -41,8 +44,6 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
         if file.resolve() in seen:
             problems.append(f"input {file} is given twice (by itself, a link or its folder); name it once")
         seen.add(file.resolve())
-    if not files and not problems:
-        problems.append(f"inputs {', '.join(map(str, inputs))}: no {', '.join(SUFFIXES)} file found there")
     if problems:
         raise UserError(*problems)
     return files
@@ -51,12 +52,13 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
 def read_documents(file: Path, text_key: str) -> Iterator[Document]:
     """The documents of a file; `text_key` is the text's key in a .jsonl line, its column in a .parquet file.
 
-    Lines of nothing but white space are skipped. Memory holds one document, or one row group's texts.
+    A file of any other kind is one document. Lines of nothing but white space are skipped. Memory holds one
+    document, or one row group's texts.
 
     Raises: `UserError` that names the file and the line or row.
     """
-    readers = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_rows}
-    return readers[file.suffix](file, text_key)
+    readers = {".jsonl": _read_lines, ".parquet": _read_rows}
+    return readers.get(file.suffix, _read_text)(file, text_key)
 
 
 def _read_text(file: Path, _text_key: str) -> Iterator[Document]:

@@ -2,9 +2,7 @@
 
 import json
 import multiprocessing
-import os
 import signal
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +21,7 @@ from tqdm import tqdm
 from longred_megatron.data.documents import Document, find_files, read_documents
 from longred_megatron.data.tokenizer import Tokenizer, file_digests, load_tokenizer
 from longred_megatron.errors import UserError
+from longred_megatron.files import appearing_whole, write_text
 
 # Documents travel to the workers in chunks: large, so that the journey costs little; small, for even work.
 CHUNK_DOCUMENTS = 256
@@ -87,7 +86,7 @@ def prepare(
 
     Every document is followed by the tokenizer's end of document. Documents come in the order of the files,
     whatever the number of `workers` (processes). Memory holds a few chunks of documents a worker, and the
-    lengths of all. The set is written beside its place and moved there when it is whole.
+    lengths of all. The set appears when it is whole.
 
     Args:
         min_tokens: documents with fewer tokens, end of document not counted, are dropped; at least 1.
@@ -106,13 +105,16 @@ def prepare(
     else:
         encoded = _encoded_by_workers(_chunks(documents), tokenizer_path, workers)
     num_bytes = sum(file.stat().st_size for file in files)
-    output_prefix.parent.mkdir(parents=True, exist_ok=True)
+    data, report_file, index = (Path(f"{output_prefix}{suffix}") for suffix in OUTPUT_SUFFIXES)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{output_prefix.name}.", dir=output_prefix.parent) as folder,
+        # The index goes first and comes last: a set without one is never read, however this is interrupted.
+        appearing_whole(index) as partial_index,
+        appearing_whole(data) as partial_data,
         tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
     ):
-        partial = f"{folder}/set"
-        lengths, dropped, dtype = _write_indexed(encoded, partial, tokenizer.vocab_size, min_tokens, progress)
+        lengths, dropped, dtype = _write_indexed(
+            encoded, partial_data, partial_index, tokenizer.vocab_size, min_tokens, progress
+        )
         if len(lengths) == 0:
             raise UserError(
                 f"no document kept: {dropped} read, each with fewer than {min_tokens} tokens; "
@@ -131,8 +133,8 @@ def prepare(
             tokens=int(lengths.sum()),
             lengths=_histogram(lengths),
         )
-        Path(f"{partial}.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-        _move_in_place(partial, str(output_prefix))
+        index.unlink(missing_ok=True)
+        write_text(report_file, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -216,18 +218,19 @@ def _worker_tokenizer(path: Path) -> Tokenizer:
 
 def _write_indexed(
     encoded: Iterable[tuple[list[Tokens], int]],
-    prefix: str,
+    data: Path,
+    index: Path,
     vocab_size: int,
     min_tokens: int,
     progress: tqdm,
 ) -> tuple[NDArray[np.int64], int, str]:
-    """Writes PREFIX.bin and .idx. Returns the lengths of the documents kept, how many not, and the dtype."""
+    """Writes the tokens and their index. Returns the lengths of the documents kept, how many not, and the dtype."""
     # Megatron takes seconds to import: at the top of this file every tokenizing process would spend them too.
     with warnings.catch_warnings(action="ignore"):  # about kernels that are not needed here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    builder = IndexedDatasetBuilder(str(data), dtype=dtype)
     dropped = 0
     with closing(builder.data_file):  # `finalize` closes it too, but a failure never gets there
         for documents, num_bytes in encoded:
@@ -237,7 +240,7 @@ def _write_indexed(
                 else:
                     builder.add_document(tokens, [len(tokens)])
             progress.update(num_bytes)
-        builder.finalize(f"{prefix}.idx")
+        builder.finalize(str(index))
     return np.array(builder.sequence_lengths, dtype=np.int64), dropped, np.dtype(dtype).name
 
 
@@ -247,10 +250,3 @@ def _histogram(lengths: NDArray[np.int64]) -> list[LengthBucket]:
         LengthBucket(int(bound), int((bounds == bound).sum()), int(lengths[bounds == bound].sum()))
         for bound in np.unique(bounds)
     ]
-
-
-def _move_in_place(partial: str, prefix: str) -> None:
-    # The index goes first and comes last: a set without one is never read, however the move is interrupted.
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for suffix in OUTPUT_SUFFIXES:
-        os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")

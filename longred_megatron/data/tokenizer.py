@@ -46,6 +46,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
     raise UserError(f"tokenizer {path} {found}; give a Hugging Face model's folder or a sentencepiece .model file")
 
 
+def load_hugging_face(folder: Path) -> Any:
+    """transformers' tokenizer of a Hugging Face folder. Raises `UserError` when it finds none there."""
+    from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
+            "give a folder with the files of a Hugging Face tokenizer"
+        ) from error
+
+
 def file_digests(path: Path) -> dict[str, str]:
     """SHA-256 of each file that makes the tokenizer at `path`: name -> hexadecimal digest."""
     files = [path / name for name in HUGGING_FACE_FILES] if path.is_dir() else [path]
@@ -62,7 +75,7 @@ def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
     digests = file_digests(hf), file_digests(teacher_hf)
     if not all(digests) or digests[0] == digests[1]:
         return
-    ours, theirs = _load_hugging_face(hf), _load_hugging_face(teacher_hf)
+    ours, theirs = load_hugging_face(hf), load_hugging_face(teacher_hf)
     problems = []
     entries = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda entry: entry[::-1])
     if entries:
@@ -85,7 +98,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._tokenizer = _load_hugging_face(folder)
+        self._tokenizer = load_hugging_face(folder)
         if self._tokenizer.eos_token_id is None:
             raise UserError(
                 f"tokenizer {folder} has no end-of-sequence token to end documents with; "
@@ -102,18 +115,6 @@ class HuggingFaceTokenizer:
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)  # one list of ids gives one text
         return text
-
-
-def _load_hugging_face(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
-            "give a folder with the files of a Hugging Face tokenizer"
-        ) from error
 
 
 class SentencePieceTokenizer:

@@ -1,7 +1,6 @@
 """Evaluates several models side by side: perplexity, retrieval, similarity; a table, a JSON file, a page."""
 
 import dataclasses
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from longred_megatron.evaluation.texts import (
     text_source,
     token_stream,
 )
+from longred_megatron.files import write_text
 
 # Enough to fill a GPU; on a CPU, few enough for activations to stay in its caches (a fifth faster than 8192).
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
@@ -48,11 +48,13 @@ class Settings:
     original_window: default the reference's max_position_embeddings; extended_window: default the largest of
     the models'; lengths: of retrieval prompts, default a quarter of the original window, doubled up to the
     extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
-    tokens_per_batch: rows of a window are batched up to this many tokens.
+    text_key: the text's key in .jsonl lines, and its column in .parquet files. tokens_per_batch: rows of a window
+    are batched up to this many tokens.
     """
 
     short_texts: tuple[Path, ...] = ()
     long_texts: tuple[Path, ...] = ()
+    text_key: str = "text"
     original_window: int | None = None
     extended_window: int | None = None
     num_short_windows: int = 64
@@ -123,7 +125,8 @@ def evaluate(
     device = resolve_device(settings.device)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
-    short_source, long_source = text_source(settings.short_texts), text_source(settings.long_texts)
+    short_source = text_source(settings.short_texts, settings.text_key)
+    long_source = text_source(settings.long_texts, settings.text_key)
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
 
     encoders = [load_encoder(fact.path) for fact in facts]
@@ -160,9 +163,8 @@ def evaluate(
         command=command,
         seconds=time.perf_counter() - started,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / report.PAGE, page.render(finished))
-    _write(output / report.RESULTS, finished.to_json())
+    write_text(output / report.PAGE, page.render(finished))
+    write_text(output / report.RESULTS, finished.to_json())
     return finished
 
 
@@ -302,10 +304,3 @@ def _versions(device: torch.device) -> dict[str, str]:
 
 def _list(numbers: Sequence[int]) -> str:
     return ", ".join(f"{number:,}" for number in numbers)
-
-
-def _write(path: Path, text: str) -> None:
-    """In one step, so that an interrupted run leaves the earlier report whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
 
 # Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
 # as Llama 3's.
 CHUNK_TOKENS = 1024
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 on a GPU and float32 on a CPU. Raises `UserError` for an unknown name."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; use auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    if dtype not in TORCH_DTYPES:
+        raise UserError(f"--dtype {dtype}: unknown; use auto, {', '.join(TORCH_DTYPES)}")
+    return TORCH_DTYPES[dtype]
 
 
 def load_model(

@@ -2,7 +2,6 @@
 
 import io
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -225,9 +224,3 @@ def svg_of(figure: Figure, prefix: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.strip()
-
-
-def legend(report: Report) -> Sequence[tuple[str, str, bool]]:
-    """(name, CSS variable of its colour, is reference) for every model, in order."""
-    styles = model_styles(report)
-    return [(model.name, styles[model.name][1], model.is_reference) for model in report.models]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longred_megatron.data import retrieval_text
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation import retrieval_text
 from longred_megatron.evaluation.models import CausalModel
 from longred_megatron.evaluation.texts import TextEncoder
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from longred_megatron.data.documents import find_files, read_documents
+from longred_megatron.data.tokenizer import load_hugging_face
 from longred_megatron.errors import UserError
 
-EXTENSIONS = (".txt", ".jsonl")
 # A document gives at most this many windows, so that one book does not fill the whole sample.
 MAX_WINDOWS_PER_DOCUMENT = 4
 # Where whole documents are too short, this many tokens for each one needed are read before documents are
@@ -26,18 +27,19 @@ MAX_CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class TextSource:
-    """Files to draw documents from. `description` is for the report."""
+    """Files to draw documents from. `description` is for the report; `text_key` as in `read_documents`."""
 
     files: tuple[Path, ...]
     description: str
+    text_key: str = "text"
 
     def documents(self, seed: int) -> Iterator[str]:
-        """Every text in a seeded order of the files, lines of a .jsonl file in their own order. Raises
+        """Every text in a seeded order of the files, those of one file in their own order. Raises
         `UserError` for a bad line."""
         files = list(self.files)
         random.Random(seed).shuffle(files)
         for file in files:
-            yield from _documents_of(file)
+            yield from (document.text for document in read_documents(file, self.text_key))
 
 
 @dataclass(frozen=True)
@@ -65,28 +67,14 @@ class Windows:
     num_joined: int = field(default=0)
 
 
-def text_source(paths: Sequence[Path]) -> TextSource:
-    """The .txt and .jsonl files that `paths` name, folders searched to the bottom. No paths: the Python
-    standard library's sources.
+def text_source(paths: Sequence[Path], text_key: str = "text") -> TextSource:
+    """The text files that `paths` name, see `find_files`. No paths: the Python standard library's sources.
 
     Raises `UserError` when a path is missing, is another kind of file, or holds no text.
     """
     if not paths:
         return _standard_library()
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix in EXTENSIONS and file.is_file())
-            if not found:
-                raise UserError(f"{path}: holds no .txt or .jsonl file; give a folder that does")
-            files += found
-        elif not path.is_file():
-            raise UserError(f"{path}: no such file or folder; texts are .txt files, .jsonl files, or folders of them")
-        elif path.suffix not in EXTENSIONS:
-            raise UserError(f'{path}: is neither .txt nor .jsonl; convert it, one JSON object with a "text" a line')
-        else:
-            files.append(path)
-    return TextSource(tuple(dict.fromkeys(files)), ", ".join(str(path) for path in paths))
+    return TextSource(tuple(find_files(paths)), ", ".join(map(str, paths)), text_key)
 
 
 def _standard_library() -> TextSource:
@@ -99,28 +87,9 @@ def _standard_library() -> TextSource:
     )
 
 
-def _documents_of(file: Path) -> Iterator[str]:
-    if file.suffix != ".jsonl":
-        yield file.read_text(encoding="utf-8", errors="replace")
-        return
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f'{file}:{number}: is no JSON object with a "text"; mend or remove the line') from error
-            yield str(text)
-
-
 def load_encoder(path: Path) -> TextEncoder:
     """The tokenizer of a Hugging Face folder. Raises `UserError` when transformers finds none there."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: transformers cannot load a tokenizer from it: {error}") from error
-    return encoder_of(tokenizer)
+    return encoder_of(load_hugging_face(path))
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:

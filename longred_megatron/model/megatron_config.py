@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
 from longred_megatron.layout import Parallel, Precision
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(

@@ -14,8 +14,8 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.utils.tensorboard import SummaryWriter
 
+from longred_megatron.files import write_text
 from longred_megatron.objectives.base import Objective, Term
-from longred_megatron.training import run_folder
 from longred_megatron.training.microbatches import MicroBatch
 
 Key = tuple[str, str | None]  # an objective, and the name of a term of it or None
@@ -114,7 +114,7 @@ class MetricsWriter:
         if path.exists():  # lines after the checkpoint we resume from would be written a second time
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < self.first_step]
-        run_folder.write(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step)
 

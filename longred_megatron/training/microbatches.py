@@ -5,7 +5,6 @@ All of it is a pure function of the recipe and the step's number.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from longred_megatron.data.sequences import SequenceSource
 from longred_megatron.errors import UserError
+from longred_megatron.files import appearing_whole
 from longred_megatron.objectives.base import Batch, Objective
 from longred_megatron.recipe import Phase
 from longred_megatron.training.order import microbatch_order, replica_indices
@@ -126,9 +126,7 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
             lengths = [torch.tensor(row) for row in batch.documents]
             numbers = [torch.arange(len(row)).repeat_interleave(row) for row in lengths]
             tensors[f"{i}.documents"] = torch.stack(numbers)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:05d}.dp-{replica}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
-    os.replace(partial, path)
+    with appearing_whole(path) as partial:
+        save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
     return path

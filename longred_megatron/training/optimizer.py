@@ -12,8 +12,8 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.layout import Precision
-from longred_megatron.model.megatron_config import DTYPES
 from longred_megatron.model.stage import Stage
 from longred_megatron.recipe import Optimizer
 

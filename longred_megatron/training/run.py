@@ -15,9 +15,10 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
-from longred_megatron.model.megatron_config import DTYPES
+from longred_megatron.files import write_text
 from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
@@ -121,7 +122,7 @@ def train(
             run = build(phase, own_data, groups)
             if watchdog is None:  # not before: the weights may be missing or broken, and then nothing has been written
                 if rank == 0:
-                    run_folder.write(folder / "recipe.yaml", dump_recipe(whole))
+                    write_text(folder / "recipe.yaml", dump_recipe(whole))
                 patience_seconds = 60 * whole.training.hang_minutes
                 watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, patience_seconds)
                 until_the_end.enter_context(watchdog)

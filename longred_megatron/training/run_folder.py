@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from longred_megatron.checkpoint.distributed import PARTIAL
 from longred_megatron.errors import UserError
+from longred_megatron.files import PARTIAL
 from longred_megatron.recipe import Recipe, dump_recipe, load_recipe
 from longred_megatron.settings import Mark, marked_keys
 
@@ -16,14 +16,6 @@ from longred_megatron.settings import Mark, marked_keys
 _FREE_KEYS = tuple(marked_keys(Recipe, Mark.FREE))
 
 RANKS = "ranks"  # what each rank is doing, see `watchdog`
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file, and its folder, at once: a process killed meanwhile leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from longred_megatron.training import run_folder
+from longred_megatron.files import write_text
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 MOST_LISTED = 8
@@ -67,7 +67,7 @@ class Watchdog:
         beat = {"rank": self._rank, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
         beat |= {"doing": self._doing, "place": self._place, "since": self._since}
         with suppress(OSError):  # a full disk is for the checkpoint to report
-            run_folder.write(self._path(self._rank), json.dumps(beat))
+            write_text(self._path(self._rank), json.dumps(beat))
 
     def _path(self, rank: int) -> Path:
         return self._folder / f"rank-{rank:05}.json"

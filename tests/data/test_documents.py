@@ -35,8 +35,11 @@ def test_all_bad_inputs_come_together(tmp_path):
 
 def test_folders_of_other_files_hold_nothing(tmp_path):
     (tmp_path / "notes.md").write_text("text")
-    with pytest.raises(UserError, match=r"no \.txt, \.jsonl, \.parquet file found"):
-        find_files([tmp_path])
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: no \.txt, \.jsonl, \.parquet file found"):
+        find_files([tmp_path / "good", tmp_path / "empty"])
 
 
 def test_txt_is_one_document_with_its_line_ends(tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longred_megatron.data import retrieval_text
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation import retrieval_text
 from longred_megatron.evaluation.models import CausalModel
 from longred_megatron.evaluation.retrieval import (
     Prompt,

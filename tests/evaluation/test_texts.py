@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import cut_windows, encoder_of, text_source, token_stream
@@ -74,6 +76,13 @@ def test_folders_are_searched_and_their_order_is_seeded(tmp_path: Path) -> None:
     assert list(source.documents(0)) == list(source.documents(0)) != list(source.documents(1))
 
 
+def test_parquet_and_the_texts_own_key(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"body": ["a", "b"]}), tmp_path / "a.parquet")
+    assert list(text_source([tmp_path], text_key="body").documents(0)) == ["a", "b"]
+    with pytest.raises(UserError, match=r"no column 'text' among .*--text-key"):
+        list(text_source([tmp_path]).documents(0))
+
+
 def test_default_is_the_standard_library_and_says_so() -> None:
     source = text_source([])
     assert "standard library" in source.description
@@ -84,11 +93,11 @@ def test_default_is_the_standard_library_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.txt", None, "no such file"),
-        ("a.pdf", "x", "neither .txt nor .jsonl"),
+        ("none.txt", None, "does not exist"),
+        ("a.pdf", "x", "its suffix is none of .txt, .jsonl, .parquet"),
         ("a.jsonl", "{}\n", "a.jsonl:1"),
         ("b.jsonl", '{"text": "a"}\nnot json\n', "b.jsonl:2"),
-        ("empty", "folder", "holds no .txt"),
+        ("empty", "folder", "no .txt, .jsonl, .parquet file found in it"),
     ],
 )
 def test_bad_text_files(tmp_path: Path, name: str, content: str | None, message: str) -> None:

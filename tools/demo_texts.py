@@ -4,7 +4,7 @@ Three kinds of text:
 
 - *code and prose*: the sources of the Python standard library and the help topics of `pydoc`;
 - *repeats*: lines of random words, each said several times, from which a small model learns to copy;
-- *keys*: the sentences of `data.retrieval_text`, each said more than once, alone or between lines of
+- *keys*: the sentences of `evaluation.retrieval_text`, each said more than once, alone or between lines of
   the library. Every later saying can only be predicted by finding an earlier one, so one text holds many
   retrieval exercises over many distances.
 
@@ -20,8 +20,9 @@ from itertools import cycle, islice, repeat
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from longred_megatron.data.retrieval_text import WORDS, draw_keys, needle
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.retrieval_text import WORDS, draw_keys, needle
+from longred_megatron.files import write_text
 
 MOST_KEYS = 32  # of one text
 NEEDLE_TOKENS = 9  # of a needle, newline included, by the tokenizer of tests/assets/tiny_base
@@ -203,10 +204,9 @@ def write_sets(folder: Path, names: Iterable[str], seed: int, share: float = 1.0
         problems.append(f"share is {share}: it must be above 0")
     if problems:
         raise UserError(*problems)
-    folder.mkdir(parents=True, exist_ok=True)
     written = {}
     for name, path in paths.items():
         texts = list(SETS[name](share, random.Random(f"{seed}/{name}")))
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
         written[path] = len(texts)
     return written

@@ -1,17 +1,14 @@
 """A Llama model in a quantised GGUF file -> a Hugging Face folder in bf16.
 
-Settings and vocabulary are read by transformers. The weights are read here, since transformers asks for
-one more package (accelerate) to load them.
+Settings and vocabulary are read by transformers. The weights are read here, since its `from_pretrained(gguf_file=...)`
+gives the same bits but needs one more package (accelerate), and drops tensors that it has no place for without a word.
 """
 
 import contextlib
 import importlib.util
 import json
 import logging
-import math
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -188,30 +185,3 @@ def _quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What a model makes of a sentence: a greedy continuation, and the sentence's own perplexity."""
-
-    continuation: str
-    perplexity: float
-
-
-def try_model(hf: Path, prompt: str, sentence: str, num_tokens: int = 8) -> Sample:
-    """Loads tokenizer and model from the folder `hf` alone, in fp32, and lets them read and write a little.
-
-    perplexity = exp(mean over the sentence's tokens but the first of -log p(token | tokens before)).
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, dtype=torch.float32)
-    with torch.no_grad():
-        ids = tokenizer(sentence, return_tensors="pt").input_ids
-        loss = float(model(input_ids=ids, labels=ids).loss)
-        start = tokenizer(prompt, return_tensors="pt")
-        ids = model.generate(**start, max_new_tokens=num_tokens, do_sample=False)
-    continuation = tokenizer.decode(ids[0, start.input_ids.shape[1] :], skip_special_tokens=True)
-    return Sample(continuation, math.exp(min(loss, 700.0)))
