@@ -1,6 +1,6 @@
 """The recipe: schema, loading, cross-checks and the arithmetic printed at start-up."""
 
-from longred_megatron.families.architecture import Architecture, read_architecture
+from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.recipe.checks import check_recipe, rope_extension
 from longred_megatron.recipe.load import dump_recipe, load_recipe, phases_of

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from longred_megatron.families.architecture import Architecture
+from longred_megatron.families import Architecture
 from longred_megatron.recipe.problems import nearest
 from longred_megatron.recipe.schema import PackedDistillation, Recipe, ShortRestoration, ShortToLong
 from longred_megatron.rope.methods import AbfRope, PiRope, UnchangedRope, YarnRope

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from longred_megatron.families.architecture import Architecture, read_architecture
+from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.recipe.checks import check_recipe
 from longred_megatron.recipe.load import phases_of
 from longred_megatron.recipe.schema import Recipe

@@ -49,6 +49,8 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen3_tied": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16, tie_word_embeddings=True),
 }
 
+ONE_OF_EACH_FAMILY = tuple({make().model_type: name for name, make in reversed(MODELS.items())}.values())
+
 
 def write_model(
     name: str, folder: Path, dtype: torch.dtype = torch.float32, sizes: dict[str, Any] | None = None, **save: Any

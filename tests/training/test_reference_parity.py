@@ -14,11 +14,12 @@ from longred_megatron.recipe import load_recipe, read_architecture
 from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.run import Run, extended_architecture
 from longred_megatron.training.step import compared_layers
+from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY
 from tests.training.workspace import build_run, make_workspace
 
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
-# Each family once, and between them: tied and untied, biases, q/k norm, llama3 and yarn scaling.
-CASES = ("llama_3", "llama_3_2", "llama_biases", "llama_yarn", "mistral", "qwen2", "qwen3_tied")
+# Between them: tied and untied, biases, q/k norm, llama3 and yarn scaling.
+CASES = (*ONE_OF_EACH_FAMILY, "llama_3", "llama_3_2", "llama_biases", "llama_yarn", "qwen3_tied")
 
 
 def megatron_gradients(run: Run) -> dict[str, Tensor]:
