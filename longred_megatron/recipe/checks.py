@@ -93,6 +93,12 @@ def _interpolation_problems(recipe: Recipe, rope: PiRope | YarnRope, architectur
             f"`model.rope.method` is {rope.method!r}: model.hf already has scaled RoPE ({rope_type}), which "
             "cannot be scaled twice; use abf, which keeps its scaling, or none"
         )
+    written = "linear" if isinstance(rope, PiRope) else "yarn"
+    if written not in architecture.rope_types:
+        yield (
+            f"`model.rope.method` is {rope.method!r}: transformers does not read {written} RoPE in a "
+            f"{architecture.family} model, so the trained model could not be exported; use abf or none"
+        )
     original, target = architecture.max_position_embeddings, recipe.model.max_position_embeddings
     ratio = target / original
     if rope.factor is None and ratio <= 1:

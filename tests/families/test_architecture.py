@@ -93,7 +93,7 @@ def test_fewer_layers_and_no_head_cost_less(architecture):
     assert with_head == 2 * architecture.hidden_size * 1000
 
 
-@pytest.mark.parametrize("model", ["llama_3", "llama_biases", "qwen3"])
+@pytest.mark.parametrize("model", ["llama_3", "llama_biases", "qwen3", "phi3"])
 def test_activations_are_what_products_and_norms_keep(model, tmp_path):
     """Inputs and outputs of both norms; queries, keys, values and attention's output; gate, up and their product."""
     a = read(model, tmp_path)
