@@ -54,6 +54,7 @@ class Architecture:
     rope: dict[str, Any]
     max_position_embeddings: int
     hidden_act: str = "silu"
+    embedding_scale: float = 1.0  # what the embedding's output is multiplied by
 
     def megatron_settings(self) -> dict[str, Any]:
         """Megatron's TransformerConfig, as far as it depends on the family."""

@@ -77,7 +77,7 @@ class Stage(GPTModel):
         """
         wanted = [k for k in sorted(layers) if k in self.layer_numbers()]
         inner = [k for k in wanted if k < self.architecture.num_layers]
-        hidden = self.embedding(tokens.reshape(1, -1), position_ids=None) if self.pre_process else None
+        hidden = self._embedded(tokens) if self.pre_process else None
         output = self.decoder(
             hidden,
             attention_mask=None,
@@ -90,6 +90,11 @@ class Stage(GPTModel):
         if self.architecture.num_layers in wanted:
             states[self.architecture.num_layers] = output
         return output, states
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        hidden, scale = self.embedding(tokens.reshape(1, -1), position_ids=None), self.architecture.embedding_scale
+        # As in transformers: in the embedding's own number format.
+        return hidden if scale == 1 else hidden * torch.tensor(scale, dtype=hidden.dtype)
 
     def _layout(self, tokens: Tensor, whole_sequences: bool, documents: Documents | None) -> SequenceLayout:
         num_sequences, device, context = tokens.shape[0], tokens.device, self.pg_collection.cp
