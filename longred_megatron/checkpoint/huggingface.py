@@ -24,9 +24,10 @@ from longred_megatron.checkpoint.hf_config import (
     write_json,
 )
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
-from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, Rule, stage_rules
+from longred_megatron.checkpoint.weight_map import stage_rules
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
+from longred_megatron.families.weights import Rule
 from longred_megatron.model.stage import Stage
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
@@ -45,8 +46,8 @@ def load_weights(stages: Sequence[Stage], hf: Path, architecture: Architecture, 
         files.check(architecture)
         for parameter, rule in _progress(_parameters(stages, architecture), "reading weights"):
             shard = _read(files, rule, groups)
-            if architecture.tied_embeddings and HEAD in files and EMBEDDING in rule.huggingface:
-                _check_tied_head(files, rule, shard, groups)
+            if architecture.tied_embeddings and architecture.embedding_name in rule.huggingface:
+                _check_tied_head(files, rule, shard, architecture, groups)
             parameter.data.copy_(shard)
 
 
@@ -144,11 +145,16 @@ def _read(files: WeightFiles, rule: Rule, groups: ProcessGroupCollection) -> Ten
     return rule.to_megatron([files[name] for name in rule.huggingface], groups.tp.rank(), groups.tp.size())
 
 
-def _check_tied_head(files: WeightFiles, rule: Rule, embedding: Tensor, groups: ProcessGroupCollection) -> None:
-    head = rule.to_megatron([files[HEAD]], groups.tp.rank(), groups.tp.size())
+def _check_tied_head(
+    files: WeightFiles, rule: Rule, embedding: Tensor, architecture: Architecture, groups: ProcessGroupCollection
+) -> None:
+    name = architecture.head_name
+    if name not in files:
+        return
+    head = rule.to_megatron([files[name]], groups.tp.rank(), groups.tp.size())
     if not torch.equal(head, embedding):
         raise UserError(
-            f"{files.hf}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}; "
+            f"{files.hf}: config.json ties the embeddings, but {name} differs from {architecture.embedding_name}; "
             "set tie_word_embeddings to false if the head is its own"
         )
 
@@ -184,7 +190,7 @@ def _write_stages(
     owns_embedding = any(stage.pre_process for stage in stages)
     for tensors in full_tensors(stages, architecture, groups):
         for name, tensor in tensors.items():
-            if name == EMBEDDING and not owns_embedding:
+            if name == architecture.embedding_name and not owns_embedding:
                 continue  # the last stage's copy of a tied embedding
             writer.add(name, tensor.to(dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]))
     return writer.finish()

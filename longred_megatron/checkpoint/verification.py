@@ -86,5 +86,7 @@ def stage_logits(stage: Stage, architecture: Architecture, tokens: Tensor) -> Te
 def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM  # slow to import
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     return model.eval()(tokens, use_cache=False).logits

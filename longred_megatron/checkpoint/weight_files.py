@@ -9,7 +9,6 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from longred_megatron.checkpoint.weight_map import EMBEDDING, HEAD, tensor_shapes
 from longred_megatron.dtypes import SAFETENSORS_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
@@ -79,7 +78,7 @@ class WeightFiles:
 
     def check(self, architecture: Architecture) -> None:
         """Raises UserError unless the tensors are those of `architecture`, in number format and shape too."""
-        expected, found = tensor_shapes(architecture), self.shapes()
+        expected, found = architecture.tensor_shapes(), self.shapes()
         problems = []
         missing = [name for name in expected if name not in found]
         if missing:
@@ -87,7 +86,7 @@ class WeightFiles:
                 f"{self.hf}: {len(missing)} tensors that config.json asks for are missing: "
                 f"{_first(missing)}; download the model again, or correct config.json"
             )
-        optional = {HEAD} if architecture.tied_embeddings else set()
+        optional = {architecture.head_name} if architecture.tied_embeddings else set()
         extra = [n for n in found if n not in expected.keys() | optional and not n.endswith(_HARMLESS_SUFFIXES)]
         if extra:
             problems.append(
@@ -95,7 +94,7 @@ class WeightFiles:
                 f"config.json's settings: {_first(extra)}; check config.json (adapters and quantised weights "
                 "are not supported)"
             )
-        expected |= dict.fromkeys(optional, expected[EMBEDDING])
+        expected |= dict.fromkeys(optional, expected[architecture.embedding_name])
         wrong = [
             f"{name}: got {list(found[name])}, expected {list(shape)}"
             for name, shape in expected.items()

@@ -1,6 +1,5 @@
 """The project's Architecture and recipe, said in Megatron's TransformerConfig."""
 
-import math
 from typing import Any
 
 import torch
@@ -32,14 +31,7 @@ def transformer_config(
         "num_attention_heads": architecture.num_attention_heads,
         "num_query_groups": architecture.num_kv_heads,
         "kv_channels": architecture.head_dim,
-        "softmax_scale": attention_factor**2 / math.sqrt(architecture.head_dim),
-        "normalization": "RMSNorm",
         "layernorm_epsilon": architecture.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": architecture.mlp_bias,
-        "add_qkv_bias": architecture.qkv_bias,
-        "qk_layernorm": architecture.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -60,7 +52,8 @@ def transformer_config(
         "apply_rope_fusion": gpu,
         "fp8": precision.fp8,
         "fp8_dot_product_attention": precision.fp8_attention,
-    }
+    } | architecture.megatron_settings()
+    settings["softmax_scale"] *= attention_factor**2
     if recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":

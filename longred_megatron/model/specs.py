@@ -10,20 +10,31 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from longred_megatron.model.attention import SdpaAttention, transformer_engine_attention
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark Megatron reads to sum the weight's gradient over sequence-parallel ranks."""
+    """torch's RMSNorm with the mark Megatron reads to sum the weight's gradient over sequence-parallel ranks.
+
+    With `layernorm_zero_centered_gamma`, as Transformer Engine's, it multiplies by 1 + weight.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.zero_centered = config.layernorm_zero_centered_gamma
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        weight = 1 + self.weight.float()  # in bf16 the sum would lose the weight's digits
+        return torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class HeadNorm(RMSNorm):
-    """RMSNorm over one head's dims (Qwen3). Heads are split over tensor ranks with or without sequence parallelism,
+    """RMSNorm over one head's dims. Heads are split over tensor ranks with or without sequence parallelism,
     so each rank holds a part of the weight's gradient either way."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:

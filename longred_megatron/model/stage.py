@@ -111,7 +111,9 @@ class Stage(GPTModel):
         return output, values
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        hidden = self.embedding(tokens.reshape(1, -1), position_ids=None)
+        hidden, scale = self.embedding(tokens.reshape(1, -1), position_ids=None), self.architecture.embedding_scale
+        if scale != 1:  # as in transformers, in the embedding's own number format
+            hidden = hidden * torch.tensor(scale, dtype=hidden.dtype)
         if torch.is_grad_enabled() and not hidden.requires_grad:
             # Of a frozen embedding: recomputed layers get gradients only behind an input that asks for one.
             hidden.requires_grad_()

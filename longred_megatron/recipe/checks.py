@@ -29,7 +29,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
     recipe, source = phase.recipe, phase.source
     found = [
         *_window_problems(recipe, source),
-        *recipe.model.rope.problems("model.rope", phase.rope_source),
+        *_rope_problems(phase),
         *(p for n, o in recipe.objectives.items() for p in o.problems(f"objectives.{n}", phase.sites[n])),
         *_teacher_problems(phase, phases),
         *_data_problems(recipe, [each.recipe for each in phases]),
@@ -54,6 +54,18 @@ def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
         yield (
             f"`model.max_position_embeddings` is {target}: shorter than the {original} tokens model.hf "
             f"already has; set it to {original} or more"
+        )
+
+
+def _rope_problems(phase: Phase) -> Iterator[str]:
+    method, source = phase.recipe.model.rope, phase.rope_source
+    found = list(method.problems("model.rope", source))
+    yield from found
+    written = None if found else method.extended(source)["rope_type"]
+    if written and written not in phase.source.rope_types:
+        yield (
+            f"`model.rope.method` is {method.method!r}: transformers does not read {written} RoPE in a "
+            f"{phase.source.family} model, so the trained model could not be exported; use abf or none"
         )
 
 

@@ -217,11 +217,10 @@ def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: in
     parallel = recipe.parallel
     embedding = architecture.vocab_size * architecture.hidden_size
     ends = 1 if architecture.tied_embeddings else 2
-    layer = (architecture.num_parameters() - ends * embedding - architecture.hidden_size) / architecture.num_layers
     counts = [sum(number <= num_layers for number in stage) for stage in _stages(recipe, architecture)]
     # With one stage the embedding and an untied head share a rank.
     tables = ends if parallel.pipeline == 1 and with_head else 1
-    return (max(counts) * layer + tables * embedding) / parallel.tensor
+    return (max(counts) * architecture.layer_parameters() + tables * embedding) / parallel.tensor
 
 
 def _stages(recipe: Recipe, architecture: Architecture) -> list[list[int]]:
@@ -273,10 +272,7 @@ def _activation_elements(recipe: Recipe, architecture: Architecture, replicas: i
 
 
 def _layer_elements(recipe: Recipe, architecture: Architecture) -> float:
-    """What one layer keeps of one micro-batch: inputs and outputs of both norms (4 h), queries, keys, values,
-    attention's output, gate, up and their product. Attention scores are never kept (fused attention)."""
-    head = architecture.head_dim
-    attention = 2 * architecture.num_attention_heads * head + 2 * architecture.num_kv_heads * head
-    split = (attention + 3 * architecture.intermediate_size) / recipe.parallel.tensor
+    """What one layer keeps of one micro-batch."""
+    kept = architecture.layer_activations()
     tokens = recipe.step.tokens_per_microbatch / recipe.parallel.context
-    return _rank_tokens(recipe) * 4 * architecture.hidden_size + tokens * split
+    return _rank_tokens(recipe) * kept.whole + tokens * kept.split / recipe.parallel.tensor

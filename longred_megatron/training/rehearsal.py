@@ -199,7 +199,7 @@ def _hidden_size(architecture: Architecture, multiple: int) -> int:
 
 def _write_model(hf: Path, architecture: Architecture, hidden: int, tensor: int, factor: int, folder: Path) -> Path:
     """A random model of the same family, depth and proportions, cut by `tensor` as the real one is."""
-    config = AutoConfig.from_pretrained(hf, local_files_only=True)
+    config = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     settings = config.to_dict() | {
         "hidden_size": hidden,
         "head_dim": HEAD_DIM,

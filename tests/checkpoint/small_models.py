@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -57,8 +58,12 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**SIZES, **GROUPED),
     "qwen2_tied": lambda: Qwen2Config(**SIZES, **GROUPED, tie_word_embeddings=True),
     "qwen3": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16),
+    # Its own tokens are above this vocabulary.
+    "phi3": lambda: Phi3Config(**SIZES, **GROUPED, eos_token_id=2, pad_token_id=None),
     "qwen3_tied": lambda: Qwen3Config(**SIZES, **GROUPED, head_dim=16, tie_word_embeddings=True),
 }
+
+ONE_OF_EACH_FAMILY = tuple({make().model_type: name for name, make in reversed(MODELS.items())}.values())
 
 
 def write_model(

@@ -17,16 +17,16 @@ from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.stage import build_stages
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from tests.checkpoint.small_models import write_model
+from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, write_model
 
 NUM_RANKS = 4
 # The vocabulary is odd: the embedding's last row is padding on the second tensor rank.
-MODELS = ("qwen2", "qwen3_tied")
+MODELS = dict.fromkeys(ONE_OF_EACH_FAMILY) | {"qwen3_tied": 2}  # virtual pipeline
 
 
 def convert(join: Callable[[str], None], folder: Path) -> None:
     """What each rank runs: there and back for each model, then once more on a full disk of one rank."""
-    for name, virtual_pipeline in zip(MODELS, (None, 2), strict=True):
+    for name, virtual_pipeline in MODELS.items():
         join(name)
         parallel = Parallel(tensor=2, pipeline=2, virtual_pipeline=virtual_pipeline)
         groups = initialize(parallel, seed=1)

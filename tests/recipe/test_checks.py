@@ -83,6 +83,11 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {"rope": {"rope_type": "llama3", "rope_theta": 5e5}},
         "`model.rope.method` is 'yarn': model.hf already has scaled RoPE (llama3)",
     ),
+    "not the family's rope": (
+        ("model.rope={method: yarn}",),
+        {"family": "phi3"},
+        "`model.rope.method` is 'yarn': transformers does not read yarn RoPE in a phi3 model",
+    ),
     "factor too small": (
         ("model.rope={method: pi, factor: 2}",),
         {},

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from longred_megatron.checkpoint.weight_files import WeightFiles
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import check_phases, dump_recipe, load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
-from longred_megatron.training.rehearsal import Rehearsal, shrink
+from longred_megatron.training.rehearsal import Rehearsal, _write_model, shrink
 from longred_megatron.training.run import build
+from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, write_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LLAMA_3_8B = {
@@ -142,6 +144,19 @@ def test_every_rank_of_every_recipe_is_built(tmp_path: Path) -> None:
     assert sum(map(len, worlds.values())) >= 13
     for world, recipes in worlds.items():
         run_ranks(build_all, world, recipes)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_a_small_model_of_every_family(name: str, tmp_path: Path) -> None:
+    source = write_model(name, tmp_path / "source")
+    big = read_architecture(source)
+    folder = _write_model(source, big, hidden=48, tensor=2, factor=2, folder=tmp_path / "small")
+    small = read_architecture(folder)
+    with WeightFiles(folder) as files:
+        files.check(small)
+    assert (small.family, small.num_layers) == (big.family, big.num_layers)
+    assert (small.hidden_size, small.num_kv_heads, small.max_position_embeddings) == (48, 2, 32)
+    assert small.num_attention_heads * big.num_kv_heads == big.num_attention_heads * small.num_kv_heads
 
 
 def test_what_is_kept_and_what_is_not(tmp_path: Path) -> None:
