@@ -69,7 +69,7 @@ class Stage(GPTModel):
             tokens, positions: [sequences, sequence_length] of this context-parallel rank, int64.
             layers: layer numbers whose outputs are wanted; those of other stages are ignored.
             whole_sequences: whether context-parallel ranks hold whole sequences, or a cut of each.
-            documents: lengths of each sequence's documents, where a token sees only its own; needs whole sequences.
+            documents: lengths of each sequence's documents, where a token sees only its own; whole, also of a cut one.
 
         Returns:
             The stage's output [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism)
@@ -92,13 +92,12 @@ class Stage(GPTModel):
         return output, states
 
     def _layout(self, tokens: Tensor, whole_sequences: bool, documents: Documents | None) -> SequenceLayout:
-        num_sequences, device, context = tokens.shape[0], tokens.device, self.pg_collection.cp
+        (num_sequences, length), device, context = tokens.shape, tokens.device, self.pg_collection.cp
         if context.size() == 1:
-            return sequence_layout(num_sequences, documents, device)
+            return sequence_layout(num_sequences, length, documents, device)
         if whole_sequences:
-            return sequence_layout(num_sequences, documents, device, local_cp_size=1)
-        assert documents is None
-        return sequence_layout(num_sequences, None, device, cp_group=context)
+            return sequence_layout(num_sequences, length, documents, device, local_cp_size=1)
+        return sequence_layout(num_sequences, length * context.size(), documents, device, cp_group=context)
 
     def head_weight(self) -> Tensor:
         """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""

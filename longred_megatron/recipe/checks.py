@@ -197,11 +197,6 @@ def _packed_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
                     f"{path}.{key}` is {value}: has no effect, since cross_entropy is 1 and no teacher is compared "
                     "with; leave it out, or lower cross_entropy"
                 )
-    if packed.mask_documents and recipe.parallel.context > 1 and packed.context_parallel != 1:
-        yield (
-            f"{path}.mask_documents` is true and `parallel.context` {recipe.parallel.context}: documents that see only "
-            "themselves need whole sequences on each rank; set context_parallel: 1, or mask_documents: false"
-        )
     if packed.mask_documents and recipe.precision.fp8_attention:
         yield (
             f"{path}.mask_documents` is true: Transformer Engine's FP8 attention does not train on packed documents; "

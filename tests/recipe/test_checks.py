@@ -264,14 +264,6 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "`objectives.packed_distillation.temperature` is 2.0: has no effect, since cross_entropy is 1",
     ),
-    "masked documents cut over ranks": (
-        (
-            f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
-            "parallel.context=2",
-        ),
-        {"world_size": 2},
-        "`objectives.packed_distillation.mask_documents` is true and `parallel.context` 2",
-    ),
     "masked documents in FP8": (
         (
             f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
