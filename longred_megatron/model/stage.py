@@ -120,13 +120,12 @@ class Stage(GPTModel):
         return hidden
 
     def _layout(self, tokens: Tensor, whole_sequences: bool, documents: Documents | None) -> SequenceLayout:
-        num_sequences, device, context = tokens.shape[0], tokens.device, self.pg_collection.cp
+        (num_sequences, length), device, context = tokens.shape, tokens.device, self.pg_collection.cp
         if context.size() == 1:
-            return sequence_layout(num_sequences, documents, device)
+            return sequence_layout(num_sequences, length, documents, device)
         if whole_sequences:
-            return sequence_layout(num_sequences, documents, device, local_cp_size=1)
-        assert documents is None
-        return sequence_layout(num_sequences, None, device, cp_group=context)
+            return sequence_layout(num_sequences, length, documents, device, local_cp_size=1)
+        return sequence_layout(num_sequences, length * context.size(), documents, device, cp_group=context)
 
     def head_weight(self) -> Tensor:
         """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""

@@ -69,7 +69,7 @@ class TrainStep:
         """The part of this context-parallel rank, on its device."""
         device, cp = torch.cuda.current_device(), self.groups.cp
         whole, documents = microbatch.settings.whole_sequences, microbatch.documents
-        if documents is not None:
+        if documents is not None and whole:
             share = len(documents) // cp.size()
             documents = documents[cp.rank() * share : (cp.rank() + 1) * share]
 

@@ -9,9 +9,10 @@ from unittest.mock import patch
 
 import torch
 
-from longred_megatron.model import attention, injection, stage
+from longred_megatron.model import injection, stage
 from longred_megatron.objectives.base import Term
 from longred_megatron.objectives.relations import Relations
+from longred_megatron.parallel import context
 from longred_megatron.training import metrics, step
 from longred_megatron.training.microbatches import MicroBatch
 
@@ -78,12 +79,12 @@ def loss_counted_per_tensor_rank() -> Iterator[None]:
 @contextmanager
 def gradient_of_context_ranks_lost() -> Iterator[None]:
     """Keys and values get the gradient of their own rank's queries alone."""
-    gather = attention.gather_from_sequence_parallel_region
+    gather = context.gather_from_sequence_parallel_region
 
     def faulty(x: torch.Tensor, group: Any) -> torch.Tensor:
         return gather(x, tensor_parallel_output_grad=False, group=group)
 
-    with patch.object(attention, "gather_from_sequence_parallel_region", faulty):
+    with patch.object(context, "gather_from_sequence_parallel_region", faulty):
         yield
 
 

@@ -51,14 +51,15 @@ LARGE: dict[str, Any] = {
     "vocab_size": 110,
 }
 PACKED = {"microbatches": 4, "sequence_length": 128, "data": "texts"}
-MASKED = {"mask_documents": True, "restart_positions": True, "context_parallel": 1, "top_k": 5, "temperature": 2.0}
+MASKED = {"mask_documents": True, "restart_positions": True, "top_k": 5, "temperature": 2.0}
 ALONE = {"long_text": None, "short_to_long": None, "short_restoration": None}
 PACKED_RECIPES: dict[str, dict[str, Any]] = {
     "packed": {"objectives": ALONE | {"packed_distillation": PACKED | {"cross_entropy": 0.1}}},
     "masked": {"objectives": ALONE | {"packed_distillation": PACKED | MASKED}},
     "mixed": {"objectives": {"packed_distillation": PACKED | {"sequence_length": 64, "direction": "reverse"}}},
 }
-WHOLE = ("objectives.short_to_long.context_parallel=1", "objectives.short_restoration.context_parallel=1")
+WHOLE = ("objectives.short_to_long.whole_sequences=true", "objectives.short_restoration.whole_sequences=true")
+WHOLE_PACKS = ("objectives.packed_distillation.whole_sequences=true",)
 FEW_LAYERS = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 2]")
 
 
@@ -66,7 +67,8 @@ FEW_LAYERS = ("objectives.short_to_long=null", "objectives.short_restoration.lay
 class Layout:
     """A row of the table.
 
-    whole_sequences: the short objectives' are not cut over the context ranks. few_layers: only the lowest are taught.
+    whole_sequences: the short objectives' or the packs are not cut over the context ranks. few_layers: only the lowest
+    are taught.
     """
 
     world: int
@@ -82,7 +84,8 @@ class Layout:
     def overrides(self) -> tuple[str, ...]:
         """Of the recipe, as on the command line."""
         parallel = tuple(f"parallel.{key}={value}" for key, value in self.parallel.items())
-        chosen = (WHOLE if self.whole_sequences else ()) + (FEW_LAYERS if self.few_layers else ())
+        whole = WHOLE_PACKS if self.model in PACKED_RECIPES else WHOLE
+        chosen = (whole if self.whole_sequences else ()) + (FEW_LAYERS if self.few_layers else ())
         return (*parallel, f"training.recompute={self.recompute}", f"precision.params={self.params}", *chosen)
 
     @property
@@ -138,7 +141,10 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(2, {"pipeline": 2}, model="packed")
     yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, model="packed", recompute="full")
     yield Layout(2, {"context": 2}, model="packed")
+    yield Layout(2, {"context": 2}, model="masked", whole_sequences=True)
     yield Layout(2, {"context": 2}, model="masked")
+    yield Layout(4, {"context": 4}, model="masked")
+    yield Layout(4, {"tensor": 2, "context": 2, "sequence": True}, model="masked", recompute="full")
     yield Layout(4, {"tensor": 2, "pipeline": 2, "sequence": True}, model="masked", recompute="full")
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2}, model="mixed")
     yield Layout(8, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "context": 2, "sequence": True}, "packed")

@@ -49,5 +49,9 @@ def example(kind: type[Objective], num_layers: int, **changes: Any) -> dict[str,
 
 
 def all_kinds(num_layers: int) -> dict[str, dict[str, Any]]:
-    """The section `objectives` with one of every kind, under names that are not kinds."""
-    return {f"own_{name_of(kind)}": example(kind, num_layers) for kind in ALL}
+    """The section `objectives` with every kind and variant, under names that are not kinds."""
+    return {
+        f"own_{name_of(kind)}" + (f"_{number}" if number else ""): example(kind, num_layers, **changes)
+        for kind in ALL
+        for number, changes in enumerate(({}, *VARIANTS.get(name_of(kind), [])))
+    }
