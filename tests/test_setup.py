@@ -195,9 +195,9 @@ def test_broken_environment_is_replaced(project: Path) -> None:
     setup(project)
     executable(project / ".venv" / "bin" / "python", SHIM)
     (project / ".venv" / "leftover").touch()
-    mended = setup(project)
-    assert mended.returncode == 0, mended.stderr
-    assert "replacing .venv" in mended.stdout
+    repaired = setup(project)
+    assert repaired.returncode == 0, repaired.stderr
+    assert "replacing .venv" in repaired.stdout
     assert not (project / ".venv" / "leftover").exists()
 
 

@@ -150,7 +150,7 @@ def _tensor_problems(
         for what, found, advice in (
             ("lacks tensors that its settings ask for:", missing, "download it again"),
             (
-                "has tensors that a Llama model has not:",
+                "has tensors that a Llama model does not have:",
                 extra,
                 "take the model's safetensors instead",
             ),

@@ -20,7 +20,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.files import appearing_whole
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
@@ -39,12 +39,12 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
     with WeightFiles(hf) as files:
         dtype = _dtype_holding(files)
     with _one_process() as groups:
-        stages = _build(architecture, dtype, groups)
-        load_weights(stages, hf, architecture, groups)
+        chunks = _build(architecture, dtype, groups)
+        load_weights(chunks, hf, architecture, groups)
         description = {"architecture": asdict(architecture), "source_hf": str(hf), "dtype": dtype}
         try:
             with appearing_whole(output) as unfinished:
-                distributed.save(unfinished, stages, description)
+                distributed.save(unfinished, chunks, description)
                 (unfinished / HF_SOURCE).mkdir()
                 shutil.copyfile(hf / CONFIG, unfinished / HF_SOURCE / CONFIG)
                 copy_companions(hf, unfinished / HF_SOURCE)
@@ -67,11 +67,11 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
     source, dtype = _source(checkpoint, description, architecture)
     recipe = checkpoint / RECIPE
     with _one_process() as groups:
-        stages = _build(architecture, description["dtype"], groups)
+        chunks = _build(architecture, description["dtype"], groups)
         distributed.check(checkpoint)
-        distributed.load(checkpoint, stages)
+        distributed.load(checkpoint, chunks)
         export(
-            stages,
+            chunks,
             source,
             output,
             architecture,
@@ -88,10 +88,10 @@ def verify_checkpoint(hf: Path, checkpoint: Path) -> Verification:
     description = distributed.read_description(checkpoint)
     architecture = Architecture(**description["architecture"])
     with _one_process() as groups:
-        stages = _build(architecture, description["dtype"], groups)
+        chunks = _build(architecture, description["dtype"], groups)
         distributed.check(checkpoint)
-        distributed.load(checkpoint, stages)
-        return verify(stages, hf, architecture, groups)
+        distributed.load(checkpoint, chunks)
+        return verify(chunks, hf, architecture, groups)
 
 
 @contextmanager
@@ -102,10 +102,10 @@ def _one_process() -> Iterator[ProcessGroupCollection]:
         destroy()
 
 
-def _build(architecture: Architecture, dtype: str, groups: ProcessGroupCollection) -> list[Stage]:
+def _build(architecture: Architecture, dtype: str, groups: ProcessGroupCollection) -> list[ModelChunk]:
     """Stages in a dtype that holds every value of `dtype`."""
     params: Any = "bf16" if dtype == "bf16" else "fp32"
-    return build_stages(architecture, Parallel(), Precision(params=params), groups)
+    return build_chunks(architecture, Parallel(), Precision(params=params), groups)
 
 
 def _dtype_holding(files: WeightFiles) -> str:

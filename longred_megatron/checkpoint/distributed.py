@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from longred_megatron.checkpoint import optimizer_state
 from longred_megatron.errors import UserError
 from longred_megatron.files import PARTIAL
-from longred_megatron.model.stage import Stage
+from longred_megatron.model.chunk import ModelChunk
 
 # What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
 _INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
@@ -49,7 +49,7 @@ _INDEX_NAMES = {
     "pathlib": {"Path", "PosixPath"},
     "builtins": {"set", "frozenset", "slice"},
 }
-# What a full disk, a missing right or a damaged file ends in. torch's own is no Exception.
+# What a full disk, no permission or a damaged file ends in. torch's own is no Exception.
 _FAILURES = (
     OSError,
     RuntimeError,
@@ -62,12 +62,12 @@ _FAILURES = (
 
 def save(
     path: Path,
-    stages: Sequence[Stage],
+    chunks: Sequence[ModelChunk],
     description: dict[str, Any],
     optimizer: MegatronOptimizer | None = None,
     extra_files: dict[str, str] | None = None,
 ) -> None:
-    """Writes the stages' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it.
+    """Writes the chunks' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it.
 
     Args:
         description: stored as checkpoint.json; see `read_description`.
@@ -82,7 +82,7 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
-        state = _sharded_state(stages, optimizer)
+        state = _sharded_state(chunks, optimizer)
         dist_checkpointing.save(state, str(partial), _SaveInProcess())
         marks = _marks_of_all_ranks(partial)
         if rank == 0:
@@ -121,7 +121,7 @@ def check(path: Path) -> None:
         raise UserError(*dict.fromkeys(found))
 
 
-def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | None = None) -> None:
+def load(path: Path, chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer | None = None) -> None:
     """Reads the weights, and the optimizer's state if asked for, into this layout. Every rank calls it.
 
     Raises:
@@ -129,11 +129,11 @@ def load(path: Path, stages: Sequence[Stage], optimizer: MegatronOptimizer | Non
     """
     read_description(path)
     _refuse_foreign_pickles(path / ".metadata")
-    state = _sharded_state(stages, optimizer)
+    state = _sharded_state(chunks, optimizer)
     try:
         loaded = dist_checkpointing.load(state, str(path))
-        for i, stage in enumerate(stages):
-            stage.load_state_dict(loaded[f"model{i}"])
+        for i, chunk in enumerate(chunks):
+            chunk.load_state_dict(loaded[f"model{i}"])
         if optimizer is not None:
             optimizer_state.load(optimizer, loaded["optimizer"])
     except _FAILURES as error:
@@ -168,8 +168,8 @@ def read_description(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint of this project (checkpoint.json: {error})") from None
 
 
-def _sharded_state(stages: Sequence[Stage], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {f"model{i}": s.sharded_state_dict() for i, s in enumerate(stages)}
+def _sharded_state(chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
+    state: dict[str, Any] = {f"model{i}": s.sharded_state_dict() for i, s in enumerate(chunks)}
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded_state(optimizer, state)
     return state

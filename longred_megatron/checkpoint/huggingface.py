@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into the stages of any layout, and from any layout into a folder."""
+"""Weights from a Hugging Face folder into the model chunks of any layout, and from any layout into a folder."""
 
 import errno
 import json
@@ -24,17 +24,19 @@ from longred_megatron.checkpoint.hf_config import (
     write_json,
 )
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
-from longred_megatron.checkpoint.weight_map import stage_rules
+from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Rule
-from longred_megatron.model.stage import Stage
+from longred_megatron.model.chunk import ModelChunk
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
 Shard = tuple[str, dict[str, int]]  # file name, {tensor name: bytes}
 
 
-def load_weights(stages: Sequence[Stage], hf: Path, architecture: Architecture, groups: ProcessGroupCollection) -> None:
+def load_weights(
+    chunks: Sequence[ModelChunk], hf: Path, architecture: Architecture, groups: ProcessGroupCollection
+) -> None:
     """Reads this rank's part of the weights in `hf`, tensor by tensor, into the parameters and their dtype.
 
     No communication: every rank opens the files and reads only the slices it holds.
@@ -44,7 +46,7 @@ def load_weights(stages: Sequence[Stage], hf: Path, architecture: Architecture, 
     """
     with WeightFiles(hf) as files:
         files.check(architecture)
-        for parameter, rule in _progress(_parameters(stages, architecture), "reading weights"):
+        for parameter, rule in _progress(_parameters(chunks, architecture), "reading weights"):
             shard = _read(files, rule, groups)
             if architecture.tied_embeddings and architecture.embedding_name in rule.huggingface:
                 _check_tied_head(files, rule, shard, architecture, groups)
@@ -52,7 +54,7 @@ def load_weights(stages: Sequence[Stage], hf: Path, architecture: Architecture, 
 
 
 def export(
-    stages: Sequence[Stage],
+    chunks: Sequence[ModelChunk],
     source_hf: Path,
     output: Path,
     architecture: Architecture,
@@ -91,7 +93,7 @@ def export(
             _make_room(output, temporary)
     with _failing_together(output, temporary):
         if groups.dp.rank() == 0 and groups.cp.rank() == 0:
-            shards = _write_stages(stages, architecture, groups, temporary, dtypes)
+            shards = _write_chunks(chunks, architecture, groups, temporary, dtypes)
     all_shards: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(all_shards, shards)  # the world: names for the index
     with _failing_together(output, temporary):
@@ -109,13 +111,13 @@ def export(
 
 
 def full_tensors(
-    stages: Sequence[Stage], architecture: Architecture, groups: ProcessGroupCollection
+    chunks: Sequence[ModelChunk], architecture: Architecture, groups: ProcessGroupCollection
 ) -> Iterator[dict[str, Tensor]]:
     """The Hugging Face tensors of this rank's pipeline stage, one parameter's at a time, on the CPU.
 
     All tensor ranks must iterate; ranks other than 0 receive empty mappings.
     """
-    for parameter, rule in _progress(_parameters(stages, architecture), "writing weights"):
+    for parameter, rule in _progress(_parameters(chunks, architecture), "writing weights"):
         shard, size = parameter.detach(), groups.tp.size()
         on_first = groups.tp.rank() == 0
         shards = [torch.empty_like(shard) for _ in range(size)] if on_first else None
@@ -130,9 +132,9 @@ def check_free(output: Path) -> None:
         raise UserError(f"{output}: exists and is not empty; choose another output folder or remove this one")
 
 
-def _parameters(stages: Sequence[Stage], architecture: Architecture) -> list[tuple[Tensor, Rule]]:
+def _parameters(chunks: Sequence[ModelChunk], architecture: Architecture) -> list[tuple[Tensor, Rule]]:
     return [
-        (stage.get_parameter(name), rule) for stage in stages for name, rule in stage_rules(stage, architecture).items()
+        (chunk.get_parameter(name), rule) for chunk in chunks for name, rule in chunk_rules(chunk, architecture).items()
     ]
 
 
@@ -178,8 +180,8 @@ def _make_room(output: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def _write_stages(
-    stages: Sequence[Stage],
+def _write_chunks(
+    chunks: Sequence[ModelChunk],
     architecture: Architecture,
     groups: ProcessGroupCollection,
     folder: Path,
@@ -187,8 +189,8 @@ def _write_stages(
 ) -> list[Shard]:
     """Writes this pipeline stage's tensors; returns its files, on tensor rank 0 (nothing on others)."""
     writer = _ShardWriter(folder, f"stage-{groups.pp.rank():05d}")
-    owns_embedding = any(stage.pre_process for stage in stages)
-    for tensors in full_tensors(stages, architecture, groups):
+    owns_embedding = any(chunk.pre_process for chunk in chunks)
+    for tensors in full_tensors(chunks, architecture, groups):
         for name, tensor in tensors.items():
             if name == architecture.embedding_name and not owns_embedding:
                 continue  # the last stage's copy of a tied embedding

@@ -11,7 +11,7 @@ from torch import Tensor
 from longred_megatron.checkpoint.huggingface import full_tensors
 from longred_megatron.checkpoint.weight_files import WeightFiles
 from longred_megatron.families import Architecture
-from longred_megatron.model.stage import Stage
+from longred_megatron.model.chunk import ModelChunk
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -27,7 +27,7 @@ class Verification:
 
 
 def verify(
-    stages: Sequence[Stage],
+    chunks: Sequence[ModelChunk],
     hf: Path,
     architecture: Architecture,
     groups: ProcessGroupCollection,
@@ -38,17 +38,17 @@ def verify(
     """Compares a whole model in this process (a world of one) with the folder `hf`.
 
     Tensors are compared in the folder's dtype, logits of one random sequence of `num_tokens` tokens in fp32,
-    to which the stage is converted in place. The stage has its own RoPE, transformers the folder's.
+    to which the chunk is converted in place. The chunk has its own RoPE, transformers the folder's.
 
     Raises:
         UserError: the folder's weights cannot be read or are of another model.
     """
-    assert len(stages) == 1 and torch.distributed.get_world_size() == 1
+    assert len(chunks) == 1 and torch.distributed.get_world_size() == 1
     with WeightFiles(hf) as files:
         files.check(architecture)
         compared = [
             (name, same_bits(tensor, files[name][:]))
-            for tensors in full_tensors(stages, architecture, groups)
+            for tensors in full_tensors(chunks, architecture, groups)
             for name, tensor in tensors.items()
         ]
     tokens = torch.randint(
@@ -57,7 +57,7 @@ def verify(
         generator=torch.Generator().manual_seed(seed),
         dtype=torch.int64,
     )
-    ours, theirs = stage_logits(stages[0], architecture, tokens), _transformers_logits(hf, tokens)
+    ours, theirs = chunk_logits(chunks[0], architecture, tokens), _transformers_logits(hf, tokens)
     return Verification(
         num_tensors=len(compared),
         different=[name for name, same in compared if not same],
@@ -73,12 +73,12 @@ def same_bits(tensor: Tensor, reference: Tensor) -> bool:
 
 
 @torch.no_grad()
-def stage_logits(stage: Stage, architecture: Architecture, tokens: Tensor) -> Tensor:
-    """Logits [sequences, sequence_length, vocabulary] of a whole model in one stage, which becomes fp32."""
-    stage = stage.float().eval()
+def chunk_logits(chunk: ModelChunk, architecture: Architecture, tokens: Tensor) -> Tensor:
+    """Logits [sequences, sequence_length, vocabulary] of a whole model in one chunk, which becomes fp32."""
+    chunk = chunk.float().eval()
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    hidden, _ = stage(tokens, positions, length=tokens.shape[1])
-    logits = hidden[:, 0] @ stage.head_weight().T
+    hidden, _ = chunk(tokens, positions, length=tokens.shape[1])
+    logits = hidden[:, 0] @ chunk.head_weight().T
     return logits[:, : architecture.vocab_size].view(*tokens.shape, -1)
 
 

@@ -80,7 +80,7 @@ def _text_of_line(line: bytes, where: str, text_key: str) -> str:
     try:
         row = json.loads(line)
     except ValueError as error:  # malformed JSON, or not UTF-8
-        raise UserError(f"{where}: not a line of JSON ({error}); mend or remove the line") from error
+        raise UserError(f"{where}: not a line of JSON ({error}); fix or remove the line") from error
     if not isinstance(row, dict):
         raise UserError(f'{where}: a {type(row).__name__}; each line must be an object such as {{"{text_key}": "..."}}')
     if text_key not in row:
@@ -90,9 +90,9 @@ def _text_of_line(line: bytes, where: str, text_key: str) -> str:
 
 def _checked_text(text: object, where: str, text_key: str) -> str:
     if not isinstance(text, str):
-        raise UserError(f"{where}: {text_key!r} is {type(text).__name__}, not a text; mend or remove it")
+        raise UserError(f"{where}: {text_key!r} is {type(text).__name__}, not a text; fix or remove it")
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{where}: {text_key!r} holds half a surrogate pair, which is no character; mend or remove it")
+        raise UserError(f"{where}: {text_key!r} holds half a surrogate pair, which is no character; fix or remove it")
     return text
 
 

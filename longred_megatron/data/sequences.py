@@ -63,7 +63,7 @@ def open_indexed(prefix: str) -> "IndexedDataset":
 def _check_size(prefix: str, suffix: str, expected_bytes: int) -> None:
     found_bytes = Path(f"{prefix}{suffix}").stat().st_size
     if found_bytes != expected_bytes:
-        raise _damaged(prefix, f"{prefix}{suffix} has {found_bytes} bytes, its index wants {expected_bytes}")
+        raise _damaged(prefix, f"{prefix}{suffix} has {found_bytes} bytes, its index expects {expected_bytes}")
 
 
 def _damaged(prefix: str, finding: str) -> UserError:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+from torch.nn.functional import silu
+
 from longred_megatron.errors import UserError
 from longred_megatron.families.weights import PaddedRows, Rule, column_parallel, norm, row_parallel
 from longred_megatron.rope.frequencies import rope_types
@@ -180,8 +182,6 @@ class Family:
 
     def activations(self) -> Mapping[str, Activation]:
         """What config.json's `hidden_act` may be, and the function."""
-        from torch.nn.functional import silu  # slow to import; a recipe is read, and refused, without it
-
         return {"silu": silu}
 
     def biases(self, config: Any) -> Biases:

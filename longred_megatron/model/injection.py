@@ -24,7 +24,7 @@ def inject_loss(output: Tensor, loss: Tensor) -> Tensor:
     (Megatron's auxiliary-loss scalers keep it in a class attribute that another micro-batch may have set).
 
     Args:
-        output: the stage's hidden states, any shape.
+        output: the chunk's hidden states, any shape.
         loss: scalar, already weighted and scaled.
     """
     return _InjectLoss.apply(output, loss)

@@ -103,7 +103,7 @@ def _let_torch_adam_load_its_state() -> None:
     """Without apex and Transformer Engine, Megatron uses torch's AdamW, which keeps a tensor `step` per parameter.
 
     Megatron 0.19.2 asks for that step before the first update has made it, and restores it as one tensor that all
-    parameters share, so that every update counts once for each of them. Both are mended here.
+    parameters share, so that every update counts once for each of them. Both are corrected here.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 

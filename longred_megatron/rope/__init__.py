@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field
 from longred_megatron.rope.base import RopeMethod, RopeSource
 from longred_megatron.settings import discovered, tags
 
-METHODS: dict[str, type[RopeMethod]] = {
-    tags(method, "method")[0]: method for method in discovered(__name__, list(__path__), RopeMethod, "method")
-}
+METHODS: dict[str, type[RopeMethod]] = dict(
+    sorted((tags(each, "method")[0], each) for each in discovered(__name__, list(__path__), RopeMethod, "method"))
+)
 """Every method by its name."""
 
 

@@ -9,14 +9,14 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from longred_megatron.model.stage import Stage
+from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.objectives.base import Activations, Copies, Head, Needs, Tap, Term
 from longred_megatron.training.microbatches import MicroBatch
 
 
 def chunk_terms(
-    chunk: Stage,
-    teacher: Stage | None,
+    chunk: ModelChunk,
+    teacher: ModelChunk | None,
     microbatch: MicroBatch,
     needs: Needs,
     output: Tensor,
@@ -43,7 +43,7 @@ def chunk_terms(
     return microbatch.settings.loss(student, theirs, microbatch, groups)
 
 
-def _head(chunk: Stage, output: Tensor, groups: ProcessGroupCollection) -> Head:
+def _head(chunk: ModelChunk, output: Tensor, groups: ProcessGroupCollection) -> Head:
     """All tokens on every tensor rank, for its part of the vocabulary; backward sums the gradient's parts."""
     if chunk.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)

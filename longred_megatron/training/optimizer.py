@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.layout import Precision
-from longred_megatron.model.stage import Stage
+from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.recipe import Optimizer
 
 
@@ -30,9 +30,9 @@ def learning_rate(settings: Optimizer, step: int, num_steps: int) -> float:
 
 
 def data_parallel(
-    stages: Sequence[Stage], groups: ProcessGroupCollection, overlap: bool
+    chunks: Sequence[ModelChunk], groups: ProcessGroupCollection, overlap: bool
 ) -> list[DistributedDataParallel]:
-    """Wraps the student's stages so that gradients are averaged over the data- and context-parallel ranks.
+    """Wraps the student's chunks so that gradients are averaged over the data- and context-parallel ranks.
 
     overlap: reduce gradients while the last micro-batch's backward pass runs; needs that micro-batch to touch every
     parameter on every replica.
@@ -43,7 +43,7 @@ def data_parallel(
         overlap_grad_reduce=overlap,
         overlap_param_gather=False,
     )
-    chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in stages]
+    chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in chunks]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         if overlap:

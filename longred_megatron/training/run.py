@@ -19,7 +19,7 @@ from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.files import write_text
-from longred_megatron.model.stage import Stage, build_stages, padded_vocab_size
+from longred_megatron.model.chunk import ModelChunk, build_chunks, padded_vocab_size
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
@@ -40,7 +40,7 @@ class PhaseRun:
     student: Architecture  # of model.hf with the longer window
     data: MicroBatchSource
     groups: ProcessGroupCollection
-    chunks: list[Stage]
+    chunks: list[ModelChunk]
     optimizer: MegatronOptimizer
     train_step: TrainStep
 
@@ -60,7 +60,7 @@ def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) 
     """Builds student, teachers and optimizer, with their initial weights."""
     recipe = phase.recipe
     student = extended_architecture(phase)
-    chunks = build_stages(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
+    chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     huggingface.load_weights(chunks, recipe.model.hf, student, groups)
     teachers = {hf: build_teacher(phase, hf, student, groups) for hf in phase.teachers}
 
@@ -73,7 +73,7 @@ def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) 
     )
 
 
-def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection) -> list[Stage]:
+def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection) -> list[ModelChunk]:
     """A frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
     objective needs of it, with a head where one does.
 
@@ -84,7 +84,7 @@ def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: Process
     # Untied: Megatron would synchronise a tied head with the embedding of the first stage; this one is only read. Both
     # heads are cut alike, so that a tensor rank holds the same entries of both.
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
-    chunks = build_stages(untied, parallel, recipe.precision, groups, vocab_rows=rows)
+    chunks = build_chunks(untied, parallel, recipe.precision, groups, vocab_rows=rows)
     needs = phase.taught_by(hf).values()
     depth, keep_head = max(n.teacher_depth(teacher.num_layers) for n in needs), any(n.teacher_head for n in needs)
     for chunk in chunks:

@@ -14,8 +14,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.model.injection import inject_loss
-from longred_megatron.model.stage import Stage
 from longred_megatron.objectives.base import Tap, Term
 from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.recipe import Phase
@@ -40,7 +40,7 @@ class TrainStep:
 
     phase: Phase
     student: Sequence[DistributedDataParallel]
-    teachers: Mapping[Path, Sequence[Stage]]
+    teachers: Mapping[Path, Sequence[ModelChunk]]
     optimizer: MegatronOptimizer
     groups: ProcessGroupCollection
 
@@ -87,7 +87,7 @@ class TrainStep:
             teacher_length=_length(microbatch.teacher_positions),
         )
 
-    def _teacher_chunks(self, microbatch: MicroBatch) -> Sequence[Stage]:
+    def _teacher_chunks(self, microbatch: MicroBatch) -> Sequence[ModelChunk]:
         """The model that a micro-batch is compared with; none, or the student itself as it is now."""
         if self.phase.needs[microbatch.objective].teacher_is_student:
             return [chunk.module for chunk in self.student]
@@ -99,7 +99,7 @@ class TrainStep:
         """A forward-only pipelined pass of each teacher over its micro-batches; every stage keeps its own layers."""
         targets: Targets = [{} for _ in microbatches]
         # By teacher, each known by its first chunk; in the order of the micro-batches, the same on every rank.
-        passes: dict[int, tuple[Sequence[Stage], list[tuple[int, MicroBatch]]]] = {}
+        passes: dict[int, tuple[Sequence[ModelChunk], list[tuple[int, MicroBatch]]]] = {}
         for i, microbatch in enumerate(microbatches):
             if chunks := self._teacher_chunks(microbatch):
                 passes.setdefault(id(chunks[0]), (chunks, []))[1].append((i, microbatch))
@@ -107,8 +107,10 @@ class TrainStep:
             self._teacher_pass(chunks, taught, targets)
         return targets
 
-    def _teacher_pass(self, chunks: Sequence[Stage], taught: list[tuple[int, MicroBatch]], targets: Targets) -> None:
-        def forward(iterator: Iterator[tuple[int, MicroBatch]], chunk: Stage) -> tuple[Tensor, None]:
+    def _teacher_pass(
+        self, chunks: Sequence[ModelChunk], taught: list[tuple[int, MicroBatch]], targets: Targets
+    ) -> None:
+        def forward(iterator: Iterator[tuple[int, MicroBatch]], chunk: ModelChunk) -> tuple[Tensor, None]:
             i, microbatch = next(iterator)
             output, values = chunk(
                 microbatch.tokens,
@@ -142,7 +144,7 @@ class TrainStep:
             iterator: Iterator[tuple[int, MicroBatch]], wrapped: DistributedDataParallel
         ) -> tuple[Tensor, object]:
             i, microbatch = next(iterator)
-            chunk: Stage = wrapped.module
+            chunk: ModelChunk = wrapped.module
             needs = self.phase.needs[microbatch.objective]
             output, values = wrapped(
                 microbatch.tokens,
@@ -189,7 +191,7 @@ class TrainStep:
 
 
 @contextmanager
-def _microbatch_group(chunks: Sequence[Stage], size: int) -> Iterator[None]:
+def _microbatch_group(chunks: Sequence[ModelChunk], size: int) -> Iterator[None]:
     """The interleaved schedule's group of micro-batches for one pass; the student's own passes have another."""
     config = chunks[0].config
     before = config.microbatch_group_size_per_vp_stage

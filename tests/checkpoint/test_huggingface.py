@@ -13,11 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from longred_megatron.checkpoint import huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
-from longred_megatron.checkpoint.verification import same_bits, stage_logits, verify
+from longred_megatron.checkpoint.verification import chunk_logits, same_bits, verify
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.model.stage import build_stages
+from longred_megatron.model.chunk import build_chunks
 from longred_megatron.recipe.schema import Model
 from longred_megatron.rope import RopeSource
 from tests.checkpoint.small_models import (
@@ -34,14 +34,14 @@ from tests.checkpoint.small_models import (
 
 def load(folder, groups, params="fp32"):
     architecture = read_architecture(folder)
-    stages = build_stages(architecture, Parallel(), Precision(params=params), groups)
-    load_weights(stages, folder, architecture, groups)
-    return stages, architecture
+    chunks = build_chunks(architecture, Parallel(), Precision(params=params), groups)
+    load_weights(chunks, folder, architecture, groups)
+    return chunks, architecture
 
 
-def export_unchanged(stages, architecture, groups, source, output, **settings):
+def export_unchanged(chunks, architecture, groups, source, output, **settings):
     unchanged = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
-    export(stages, source, output, architecture, groups, **unchanged | settings)
+    export(chunks, source, output, architecture, groups, **unchanged | settings)
     return output
 
 
@@ -77,30 +77,30 @@ def load_silently(caplog):
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_is_bitwise_and_logits_agree(name, tmp_path, groups, load_silently):
     source = write_model(name, tmp_path / "source")
-    stages, architecture = load(source, groups)
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
+    chunks, architecture = load(source, groups)
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert_same_tensors(output, source)
     load_silently(output)
-    found = verify(stages, output, architecture, groups)
+    found = verify(chunks, output, architecture, groups)
     assert found.different == [] and found.num_tensors == len(all_tensors(source))
     assert found.max_logit_difference < 1e-4 < 0.1 < found.max_logit
-    past_the_window = verify(stages, output, architecture, groups, num_tokens=150)
+    past_the_window = verify(chunks, output, architecture, groups, num_tokens=150)
     assert past_the_window.max_logit_difference < 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_its_dtype_and_its_bits(dtype, tmp_path, groups):
     source = write_model("qwen2", tmp_path / "source", dtype=dtype)
-    stages, architecture = load(source, groups, params="bf16" if dtype is torch.bfloat16 else "fp32")
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
+    chunks, architecture = load(source, groups, params="bf16" if dtype is torch.bfloat16 else "fp32")
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert_same_tensors(output, source)
     assert AutoConfig.from_pretrained(output).dtype is dtype
 
 
 def test_dtype_can_be_chosen(tmp_path, groups):
     source = write_model("llama_3", tmp_path / "source")
-    stages, architecture = load(source, groups)
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output", dtype=torch.bfloat16)
+    chunks, architecture = load(source, groups)
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output", dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in all_tensors(output).values()} == {torch.bfloat16}
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -109,8 +109,8 @@ def test_sharded_source_and_sharded_export(tmp_path, groups, monkeypatch, load_s
     source = write_model("qwen3", tmp_path / "source", max_shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 3
     monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", 30_000)
-    stages, architecture = load(source, groups)
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
+    chunks, architecture = load(source, groups)
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert_same_tensors(output, source)
     files = sorted(output.glob("*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
@@ -138,13 +138,13 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
     source = write_model("llama_3", tmp_path / "source")
     if dialect == "rope_scaling":
         edit_json(source / "config.json", rope_parameters=None, dtype=None, rope_theta=5e5, torch_dtype="float32")
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     settings, window = EXTENSIONS[method]
     method = Model(hf=source, rope=settings, max_position_embeddings=window).rope
     rope_source = RopeSource(architecture.rope, architecture.head_dim, original_window=64, target_window=window)
     rope, window = method.extended(rope_source), method.max_position_embeddings(rope_source)
     output = export_unchanged(
-        stages, architecture, groups, source, tmp_path / "output", rope=rope, max_position_embeddings=window
+        chunks, architecture, groups, source, tmp_path / "output", rope=rope, max_position_embeddings=window
     )
     raw = json.loads((output / "config.json").read_text())
     old_keys = {"rope_theta", "rope_scaling", "torch_dtype"}
@@ -152,7 +152,7 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
     assert ("rope_parameters" in raw) == (dialect == "rope_parameters")
     exported = read_architecture(output)
     assert exported.rope == rope and exported.max_position_embeddings == window
-    extended = build_stages(exported, Parallel(), Precision(params="fp32"), groups)
+    extended = build_chunks(exported, Parallel(), Precision(params="fp32"), groups)
     load_weights(extended, output, exported, groups)
     for num_tokens in (16, 64, 65, 200):  # up to the original window, past it
         assert verify(extended, output, exported, groups, num_tokens=num_tokens).max_logit_difference < 1e-4
@@ -160,8 +160,8 @@ def test_extended_rope_is_read_correctly_by_transformers(method, dialect, tmp_pa
     if method.method in ("dynamic", "longrope"):
         # Later tokens do not change what the model sees of the 64 before them, but all of their frequencies.
         tokens = torch.arange(200)[None] % architecture.vocab_size
-        shorter = stage_logits(extended[0], exported, tokens[:, :64])
-        assert (stage_logits(extended[0], exported, tokens)[:, :64] - shorter).abs().max() > 1e-2
+        shorter = chunk_logits(extended[0], exported, tokens[:, :64])
+        assert (chunk_logits(extended[0], exported, tokens)[:, :64] - shorter).abs().max() > 1e-2
 
 
 SCALED = [LLAMA3_ROPE, YARN_ROPE, LINEAR_ROPE, DYNAMIC_ROPE, LONGROPE]
@@ -172,8 +172,8 @@ def test_legacy_scaling_named_type_is_kept(rope, tmp_path, groups, load_silently
     source = write_model("llama_3", tmp_path / "source")
     scaling = {"type" if key == "rope_type" else key: value for key, value in rope.items() if key != "rope_theta"}
     edit_json(source / "config.json", rope_parameters=None, rope_theta=rope["rope_theta"], rope_scaling=scaling)
-    stages, architecture = load(source, groups)
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
+    chunks, architecture = load(source, groups)
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert read_architecture(output) == architecture
     raw = json.loads((output / "config.json").read_text())
     assert raw["rope_scaling"]["type"] == raw["rope_scaling"]["rope_type"] == rope["rope_type"]
@@ -191,9 +191,9 @@ def test_other_files_are_copied_and_the_window_is_widened(tmp_path, groups):
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     for name in (".hidden", "pytorch_model.bin", "training_args.bin", "consolidated.safetensors", "x.pth"):
         (source / name).write_text("no")
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     output = export_unchanged(
-        stages,
+        chunks,
         architecture,
         groups,
         source,
@@ -225,9 +225,9 @@ def test_other_files_are_copied_and_the_window_is_widened(tmp_path, groups):
 
 
 def test_padding_rows_are_zero(tmp_path, groups):
-    stages, architecture = load(write_model("llama_3", tmp_path / "source"), groups)
+    chunks, architecture = load(write_model("llama_3", tmp_path / "source"), groups)
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        assert not stages[0].get_parameter(name)[architecture.vocab_size :].any()
+        assert not chunks[0].get_parameter(name)[architecture.vocab_size :].any()
 
 
 # Errors
@@ -313,13 +313,13 @@ def test_index_that_does_not_fit_its_files(tmp_path, groups):
 
 
 def test_output_in_use_is_not_touched(source, tmp_path, groups):
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     output = tmp_path / "output"
     output.mkdir()
-    export_unchanged(stages, architecture, groups, source, output)  # an empty folder is free
+    export_unchanged(chunks, architecture, groups, source, output)  # an empty folder is free
     before = sorted(output.iterdir())
     with pytest.raises(UserError, match="is not empty"):
-        export_unchanged(stages, architecture, groups, source, output)
+        export_unchanged(chunks, architecture, groups, source, output)
     assert sorted(output.iterdir()) == before
 
 
@@ -328,29 +328,29 @@ def test_full_disk_leaves_nothing(where, source, tmp_path, groups, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     monkeypatch.setattr(huggingface, where, full)
     with pytest.raises(UserError, match="disk is full"):
-        export_unchanged(stages, architecture, groups, source, tmp_path / "new" / "output")
+        export_unchanged(chunks, architecture, groups, source, tmp_path / "new" / "output")
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_what_a_killed_export_left_is_replaced(source, tmp_path, groups):
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     left = tmp_path / ".output.incomplete"
     left.mkdir()
     (left / "stage-00000-00007.safetensors").write_text("half")
-    output = export_unchanged(stages, architecture, groups, source, tmp_path / "output")
+    output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert not left.exists() and not list(output.glob("stage-*"))
 
 
 def test_source_without_config_is_named(source, tmp_path, groups):
-    stages, architecture = load(source, groups)
+    chunks, architecture = load(source, groups)
     gone = tmp_path / "gone"
     shutil.copytree(source, gone)
     (gone / "config.json").unlink()
     with pytest.raises(UserError, match=r"gone/config\.json"):
-        export_unchanged(stages, architecture, groups, gone, tmp_path / "output")
+        export_unchanged(chunks, architecture, groups, gone, tmp_path / "output")
 
 
 def test_rope_that_transformers_cannot_compute_is_refused(source, groups):

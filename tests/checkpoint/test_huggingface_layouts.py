@@ -14,7 +14,7 @@ from longred_megatron.checkpoint.verification import same_bits
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.model.stage import build_stages
+from longred_megatron.model.chunk import build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, write_model
@@ -32,17 +32,17 @@ def convert(join: Callable[[str], None], folder: Path) -> None:
         groups = initialize(parallel, seed=1)
         source = folder / name
         architecture = read_architecture(source)
-        stages = build_stages(architecture, parallel, Precision(params="fp32"), groups)
-        load_weights(stages, source, architecture, groups)
+        chunks = build_chunks(architecture, parallel, Precision(params="fp32"), groups)
+        load_weights(chunks, source, architecture, groups)
         unchanged = {
             "rope": architecture.rope,
             "max_position_embeddings": architecture.max_position_embeddings,
         }
-        export(stages, source, folder / f"{name}-back", architecture, groups, **unchanged)
+        export(chunks, source, folder / f"{name}-back", architecture, groups, **unchanged)
         if torch.distributed.get_rank() == 2:  # tensor rank 0 of the last stage
             huggingface.save_file = full_disk
         with pytest.raises(UserError, match="disk is full"):
-            export(stages, source, folder / f"{name}-full", architecture, groups, **unchanged)
+            export(chunks, source, folder / f"{name}-full", architecture, groups, **unchanged)
         huggingface.save_file = save_file
         destroy()
 

@@ -17,7 +17,7 @@ from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.layout import Parallel, Precision
-from longred_megatron.model.stage import Stage, build_stages
+from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.recipe.schema import Optimizer
 from longred_megatron.training.optimizer import build_optimizer, data_parallel
 
@@ -57,7 +57,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture
-def model(tmp_path: Path, groups: ProcessGroupCollection) -> tuple[Architecture, list[Stage]]:
+def model(tmp_path: Path, groups: ProcessGroupCollection) -> tuple[Architecture, list[ModelChunk]]:
     """A model of 150 MiB, also as the folder `source`."""
     # Tensors of a real size are given back to the system when they are freed. Here small ones are as well.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
@@ -68,25 +68,25 @@ def model(tmp_path: Path, groups: ProcessGroupCollection) -> tuple[Architecture,
         tmp_path / "source", max_shard_size="50MB"
     )
     architecture = read_architecture(tmp_path / "source")
-    stages = build_stages(architecture, Parallel(), Precision(params="fp32"), groups)
-    assert sum(parameter.nbytes for parameter in stages[0].parameters()) > 150 * MIB
-    for parameter in stages[0].parameters():
+    chunks = build_chunks(architecture, Parallel(), Precision(params="fp32"), groups)
+    assert sum(parameter.nbytes for parameter in chunks[0].parameters()) > 150 * MIB
+    for parameter in chunks[0].parameters():
         parameter.data.fill_(0)  # its pages exist before anything is measured
-    return architecture, stages
+    return architecture, chunks
 
 
-def largest_bytes(stages: list[Stage]) -> int:
-    return max(parameter.nbytes for parameter in stages[0].parameters())
+def largest_bytes(chunks: list[ModelChunk]) -> int:
+    return max(parameter.nbytes for parameter in chunks[0].parameters())
 
 
 def test_no_second_copy_of_the_model(tmp_path, groups, model, monkeypatch):
-    architecture, stages = model
+    architecture, chunks = model
     with peak_above_start() as loading:
-        load_weights(stages, tmp_path / "source", architecture, groups)
+        load_weights(chunks, tmp_path / "source", architecture, groups)
     monkeypatch.setattr(huggingface, "MAX_SHARD_BYTES", SHARD_BYTES)
     with peak_above_start() as exporting:
         export(
-            stages,
+            chunks,
             tmp_path / "source",
             tmp_path / "output",
             architecture,
@@ -95,21 +95,21 @@ def test_no_second_copy_of_the_model(tmp_path, groups, model, monkeypatch):
             max_position_embeddings=architecture.max_position_embeddings,
         )
     print(f"peaks above the model: {loading[0] / MIB:.0f} MiB loading, {exporting[0] / MIB:.0f} exporting")
-    assert loading[0] < 4 * largest_bytes(stages)
-    assert exporting[0] < SHARD_BYTES + 4 * largest_bytes(stages)
+    assert loading[0] < 4 * largest_bytes(chunks)
+    assert exporting[0] < SHARD_BYTES + 4 * largest_bytes(chunks)
 
 
 def test_no_second_copy_of_the_training_state(tmp_path, groups, model):
-    _, stages = model
+    _, chunks = model
     optimizer = build_optimizer(
-        Optimizer(lr=1.0e-3), Precision(params="fp32"), data_parallel(stages, groups, overlap=False)
+        Optimizer(lr=1.0e-3), Precision(params="fp32"), data_parallel(chunks, groups, overlap=False)
     )
     optimizer.step()  # the gradients are zero
-    model_bytes = sum(parameter.nbytes for parameter in stages[0].parameters())  # and Adam's moments twice as many
+    model_bytes = sum(parameter.nbytes for parameter in chunks[0].parameters())  # and Adam's moments twice as many
     with peak_above_start() as saving:
-        distributed.save(tmp_path / "checkpoint", stages, {}, optimizer)
+        distributed.save(tmp_path / "checkpoint", chunks, {}, optimizer)
     with peak_above_start() as loading:
-        distributed.load(tmp_path / "checkpoint", stages, optimizer)
+        distributed.load(tmp_path / "checkpoint", chunks, optimizer)
     print(f"peaks above the state: {saving[0] / MIB:.0f} MiB saving, {loading[0] / MIB:.0f} loading")
     assert saving[0] < model_bytes / 2
     assert loading[0] < model_bytes / 2

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.families.weights import Part
-from longred_megatron.model.stage import padded_vocab_size
+from longred_megatron.model.chunk import padded_vocab_size
 from tests.checkpoint.small_models import MODELS
 
 PARTS = {*Part.__args__}  # type: ignore[attr-defined]

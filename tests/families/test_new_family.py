@@ -17,22 +17,21 @@ from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import same_bits, verify
 from longred_megatron.errors import UserError
 from longred_megatron.layout import Parallel, Precision
+from longred_megatron.model.chunk import build_chunks
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.specs import RMSNorm
-from longred_megatron.model.stage import build_stages
 from longred_megatron.parallel.groups import destroy, initialize
 from tests.checkpoint.small_models import GROUPED, SIZES
+from tests.walks import example as walk
 
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 MODULE = f"{families.__name__}.gemma"
 
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The example's file in a second folder of the package `longred_megatron.families`."""
-    [code] = CONTRIBUTING.read_text().split("```python\n")[1:]
     (tmp_path / "families").mkdir()
-    (tmp_path / "families" / "gemma.py").write_text(code.split("```")[0])
+    (tmp_path / "families" / "gemma.py").write_text(walk("A new model family"))
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
     families.discover()
     yield
@@ -58,13 +57,13 @@ def groups() -> Iterator[ProcessGroupCollection]:
 
 def test_one_file_is_enough(example: None, source: Path, tmp_path: Path, groups: ProcessGroupCollection) -> None:
     architecture = families.read_architecture(source)
-    stages = build_stages(architecture, Parallel(), Precision(params="fp32"), groups)
-    load_weights(stages, source, architecture, groups)
+    chunks = build_chunks(architecture, Parallel(), Precision(params="fp32"), groups)
+    load_weights(chunks, source, architecture, groups)
     window = {"rope": architecture.rope, "max_position_embeddings": architecture.max_position_embeddings}
-    export(stages, source, tmp_path / "output", architecture, groups, **window)
+    export(chunks, source, tmp_path / "output", architecture, groups, **window)
     got, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "output", source))
     assert got.keys() == expected.keys() and all(same_bits(got[name], tensor) for name, tensor in expected.items())
-    found = verify(stages, tmp_path / "output", architecture, groups)
+    found = verify(chunks, tmp_path / "output", architecture, groups)
     assert found.different == [] and found.max_logit_difference < 1e-4 < 0.1 < found.max_logit
 
 

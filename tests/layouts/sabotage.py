@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 
-from longred_megatron.model import injection, stage
+from longred_megatron.model import chunk, injection
 from longred_megatron.objectives.base import Term
 from longred_megatron.objectives.relations import Relations
 from longred_megatron.parallel import context
@@ -91,14 +91,14 @@ def gradient_of_context_ranks_lost() -> Iterator[None]:
 @contextmanager
 def neighbours_swapped() -> Iterator[None]:
     """Megatron's default for two interleaved stages: both neighbours are one rank, and messages have no names."""
-    build = stage.transformer_config
+    build = chunk.transformer_config
 
     def faulty(*arguments: Any, **settings: Any) -> Any:
         config = build(*arguments, **settings)
         config.overlap_p2p_comm, config.batch_p2p_comm = False, True
         return config
 
-    with patch.object(stage, "transformer_config", faulty):
+    with patch.object(chunk, "transformer_config", faulty):
         yield
 
 
@@ -123,8 +123,8 @@ def tap_of_another_microbatch() -> Iterator[None]:
         before, latest[id(layer)] = latest.get(id(layer), hidden), hidden
         return values(layer, before.detach() if hidden.requires_grad else hidden, *arguments)
 
-    values = stage.attention_values
-    with patch.object(stage, "attention_values", faulty):
+    values = chunk.attention_values
+    with patch.object(chunk, "attention_values", faulty):
         yield
 
 

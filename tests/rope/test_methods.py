@@ -1,8 +1,6 @@
 """Each method alone; then all that are found, also one that nobody here knows."""
 
 import os
-import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 from longred_megatron.recipe import problems
 from longred_megatron.rope import METHODS, Rope, RopeMethod, RopeSource
 from longred_megatron.rope.frequencies import RotaryFrequencies
+from tests.walks import example as walk
+from tests.walks import scratch_copy
 
 ROOT = Path(__file__).parents[2]
 DEFAULT = {"rope_type": "default", "rope_theta": 500000.0}
@@ -134,7 +134,7 @@ def test_none_keeps_the_source(source: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"method": "ntk2"}, "'ntk2'.*'abf'.*'none', 'yarn'"),
+        ({"method": "ntk2"}, "'ntk2'.*'abf'.*'none', 'pi', 'yarn'"),
         ({"method": "abf"}, "theta\n.*required"),
         ({"method": "longrope"}, "(?s)short_factor\n.*required.*long_factor\n.*required"),
         ({"method": "abf", "theta": 1e6, "factor": 4.0}, "factor\n.*not permitted"),
@@ -260,9 +260,7 @@ def test_a_name_alone_stands_for_its_defaults(name: str) -> None:
 
 def test_a_new_method_is_one_file(tmp_path: Path) -> None:
     """The example of CONTRIBUTING.md, put into a copy of the package; nothing else is edited."""
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    shutil.copytree(ROOT / "longred_megatron", tmp_path / "longred_megatron", ignore=shutil.ignore_patterns("*.pyc"))
-    (tmp_path / "longred_megatron" / "rope" / "ntk.py").write_text(code)
+    (scratch_copy(tmp_path) / "rope" / "ntk.py").write_text(walk("A new RoPE method"))
     script = """
 from longred_megatron.recipe import problems
 from longred_megatron.recipe.schema import Model

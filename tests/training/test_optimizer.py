@@ -38,11 +38,11 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms(tmp_path: Pat
     groups = initialize(Parallel(), seed=1)
     try:
         run = build_run(recipe, groups)
-        before = {name: p.detach().float() for stage in run.stages for name, p in stage.named_parameters()}
+        before = {name: p.detach().float() for chunk in run.chunks for name, p in chunk.named_parameters()}
         run.optimizer.zero_grad()
         set_hyperparameters(run.optimizer, run.recipe.optimizer, step=1, num_steps=10)
         run.optimizer.step()  # every gradient is zero, so decay alone moves the weights: by 1 - 0.1 x 0.5
-        after = {name: p.detach().float() for stage in run.stages for name, p in stage.named_parameters()}
+        after = {name: p.detach().float() for chunk in run.chunks for name, p in chunk.named_parameters()}
     finally:
         destroy()
     assert any(name.endswith("bias") for name in before) and any("norm" in name for name in before)

@@ -25,8 +25,8 @@ CASES = ("llama_3", "llama_3_2", "llama_biases", *SCALED, "mistral", "qwen2", "q
 
 def megatron_gradients(run: PhaseRun) -> dict[str, Tensor]:
     """Gradients by Hugging Face name: each takes the place of its parameter, then the exporter renames them."""
-    for stage in run.chunks:
-        for parameter in stage.parameters():
+    for chunk in run.chunks:
+        for parameter in chunk.parameters():
             parameter.data = parameter.main_grad.clone()
     tensors = huggingface.full_tensors(run.chunks, run.student, run.groups)
     return {name: tensor for named in tensors for name, tensor in named.items()}

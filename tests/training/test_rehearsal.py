@@ -126,7 +126,7 @@ def build_all(join: Callable[[str], None], recipes: list[Path]) -> None:
         groups = initialize(recipe.parallel, recipe.training.seed)
         for phase in read_phases(recipe):
             run = build(phase.recipe, source, phase.teacher, MicroBatchSource(phase.recipe), groups)
-            layers = {number for stage in run.stages for number in stage.layer_numbers()}
+            layers = {number for chunk in run.chunks for number in chunk.layer_numbers()}
             assert len(layers) == source.num_layers // recipe.parallel.pipeline
         destroy()
 

@@ -20,7 +20,7 @@ from longred_megatron.objectives.base import Tap
 from longred_megatron.rope.frequencies import RotaryFrequencies
 
 
-class Stage(GPTModel):
+class ModelChunk(GPTModel):
     """The layers of one (virtual) pipeline stage, on tokens laid out as [tokens, 1, hidden].
 
     `forward` returns hidden states, never logits: every loss is computed from them (see training/losses.py).
@@ -56,7 +56,7 @@ class Stage(GPTModel):
         self.frequencies = frequencies
 
     def layer_numbers(self) -> range:
-        """The layers on this stage, numbered as in Hugging Face `hidden_states` (the first layer's output is 1)."""
+        """The layers of this chunk, numbered as in Hugging Face `hidden_states` (the first layer's output is 1)."""
         numbers = [layer.layer_number for layer in self.decoder.layers]
         return range(numbers[0], numbers[-1] + 1) if numbers else range(0)
 
@@ -128,10 +128,10 @@ class Stage(GPTModel):
         return sequence_layout(num_sequences, length * context.size(), documents, device, cp_group=context)
 
     def head_weight(self) -> Tensor:
-        """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last stage only."""
+        """The language-model head's rows on this tensor rank, [padded vocabulary / tensor, hidden]. Last chunk only."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight  # Megatron's own accessor would give a single stage's embedding
+        return self.output_layer.weight  # Megatron's own accessor would give a single chunk's embedding
 
     def truncate(self, depth: int, keep_head: bool) -> None:
         """Drops the layers above number `depth`, and the head unless it is kept: what no loss needs of a teacher."""
@@ -145,15 +145,15 @@ def padded_vocab_size(architecture: Architecture, tensor: int) -> int:
     return -(-architecture.vocab_size // tensor) * tensor
 
 
-def build_stages(
+def build_chunks(
     architecture: Architecture,
     parallel: Parallel,
     precision: Precision,
     groups: ProcessGroupCollection,
     recompute: str = "none",
     vocab_rows: int | None = None,
-) -> list[Stage]:
-    """This rank's stages in order, one per virtual pipeline chunk, with uninitialised weights.
+) -> list[ModelChunk]:
+    """This rank's chunks in order, one without virtual pipeline stages, with uninitialised weights.
 
     Position encoding follows `architecture.rope`; give the student an architecture whose `rope` is the extended one.
 
@@ -167,4 +167,4 @@ def build_stages(
     )
     chunks = range(parallel.virtual_pipeline) if parallel.virtual_pipeline else [None]
     rows = vocab_rows or padded_vocab_size(architecture, parallel.tensor)
-    return [Stage(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]
+    return [ModelChunk(architecture, config, frequencies, groups, chunk, rows) for chunk in chunks]
