@@ -5,14 +5,14 @@ architecture, which asks its family; it knows no family's name.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from torch.nn.functional import silu
 
 from longred_megatron.errors import UserError
-from longred_megatron.families.weights import PaddedRows, Rule, column_parallel, norm, row_parallel
+from longred_megatron.families.weights import PaddedRows, Part, Rule, column_parallel, norm, row_parallel
 from longred_megatron.rope.frequencies import rope_types
 
 Activation = Callable[[Any], Any]  # of a tensor, elementwise
@@ -98,9 +98,10 @@ class Architecture:
         """Trainable parameters, each counted once (a tied head is the embedding)."""
         return sum(map(math.prod, self.tensor_shapes().values()))
 
-    def layer_parameters(self) -> int:
-        """Trainable parameters of one layer."""
-        return sum(math.prod(shape) for rule in self.layer_rules() for shape in rule.huggingface.values())
+    def layer_parameters(self, parts: Collection[Part] | None = None) -> int:
+        """Parameters of one layer, of these parts alone where they are given."""
+        rules = [rule for rule in self.layer_rules() if parts is None or rule.part in parts]
+        return sum(math.prod(shape) for rule in rules for shape in rule.huggingface.values())
 
     def forward_flops_per_token(self, depth: int, sequence_length: int, head: bool) -> float:
         """Two per multiply-add; causal attention sees half of the sequence on average.
@@ -259,7 +260,7 @@ class Family:
         return [
             Rule(("embedding.word_embeddings.weight",), {a.embedding_name: shape}, rows, "embedding"),
             norm("decoder.final_layernorm.weight", name=self.final_norm, size=a.hidden_size),
-            Rule(("output_layer.weight",), {head: shape}, rows, "head"),
+            Rule(("output_layer.weight",), {head: shape}, rows, "embedding" if a.tied_embeddings else "head"),
         ]
 
     def layer_rules(self, architecture: Architecture, index: int) -> list[Rule]:

@@ -42,6 +42,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
         ),
         *_token_cut_problems(recipe),
         *_world_problems(recipe, world_size),
+        *_trainable_problems(recipe, source),
         *_optimizer_problems(recipe),
         *_precision_problems(recipe, gpu),
     ]
@@ -186,6 +187,19 @@ def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"{replicas}): with `parallel.virtual_pipeline` it must be a multiple of `parallel.pipeline` "
             f"{parallel.pipeline}; nearest for the step: "
             f"{multiples(microbatches, replicas * parallel.pipeline)}"
+        )
+
+
+def _trainable_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str]:
+    parts, parallel = recipe.training.trainable, recipe.parallel
+    if parts is None:
+        return
+    if "head" in parts and architecture.tied_embeddings:
+        yield "`training.trainable` holds head: model.hf has none of its own, it ties it to the embedding; name that"
+    elif parallel.pipeline > 1 and not {"attention", "mlp", "norm"} & set(parts):
+        yield (
+            f"`training.trainable` is {list(parts)}: with `parallel.pipeline` {parallel.pipeline} every stage has to "
+            "train something; add a part of the layers, or use pipeline 1"
         )
 
 

@@ -33,8 +33,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     of_phases = _read_overrides([o for o in overrides if o.startswith("phases.")], found)
     values = _merge_into_phases(values, of_phases.get("phases", {}), found)
     found += recipe_yaml.key_problems(values)
-    own = problems.of_recipe(values)
-    found += own + _phase_problems(values, own)
+    found += problems.of_recipe(values) + _phase_problems(values)
     if found:
         raise UserError(*found)
     return Recipe.model_validate(values)
@@ -142,8 +141,8 @@ def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: l
     return {**values, "phases": phases} if phases else values
 
 
-def _phase_problems(values: dict[str, Any], own: list[str]) -> list[str]:
-    """What is wrong with each phase. Left out is what it shares with the recipe, whose problems are `own`."""
+def _phase_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with each phase, beside what it shares with the recipe."""
     phases, found = values.get("phases"), []
     recipe = {**values, "phases": None}
     for i, change in enumerate(phases if isinstance(phases, list) else ()):
@@ -154,9 +153,7 @@ def _phase_problems(values: dict[str, Any], own: list[str]) -> list[str]:
             "set it outside of phases"
             for key in _keys_of_the_run(change)
         ]
-        where = f"phases[{i}]."
-        merged = problems.of_recipe(_merge(recipe, change), where)
-        found += [problem for problem in merged if problem.replace(where, "", 1) not in own]
+        found += problems.of_recipe(_merge(recipe, change), f"phases[{i}].", but=recipe)
     return found
 
 

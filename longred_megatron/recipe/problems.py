@@ -35,16 +35,28 @@ _RULES = {
 }
 
 
-def of_recipe(values: Any, where: str = "") -> list[str]:
+def of_recipe(values: Any, where: str = "", but: Any = None) -> list[str]:
     """One sentence for each value that the schema refuses, in its order; `where` goes before each key's path.
 
-    Keys that are not texts are left out: `recipe_yaml.key_problems` has said it better.
+    but: other values; what is refused of them in the same way is left out. So are keys that are not texts:
+    `recipe_yaml.key_problems` has said it better.
     """
+    known = [] if but is None else [_identity(details) for details in _refused(but)]
+    return [_sentence(details, where) for details in _refused(values) if _identity(details) not in known]
+
+
+def _refused(values: Any) -> list[dict[str, Any]]:
+    """Pydantic's errors."""
     try:
         Recipe.model_validate(values)
     except ValidationError as error:
-        return [_sentence(dict(details), where) for details in error.errors() if not _is_echo(dict(details))]
+        return [details for each in error.errors() if not _is_echo(details := dict(each))]
     return []
+
+
+def _identity(details: dict[str, Any]) -> tuple[Any, ...]:
+    """Equal for the same value refused for the same reason at the same place."""
+    return details["loc"], details["type"], details["input"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -69,7 +81,7 @@ def _sentence(details: dict[str, Any], where: str) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = details["ctx"]["discriminator"].strip("'")
         if kind == "union_tag_not_found":
-            return _missing_tag(path, tag, known)
+            return _missing_tag(path, tag, known, named_by_user=field is None)
         path, value, field = f"{path}.{tag}", value[tag], None
     reason = f" ({field.description})" if field is not None and field.description else ""
     if kind == "missing":
@@ -89,9 +101,9 @@ def _unknown_key(path: str, siblings: list[str]) -> str:
     return f"unknown key `{path}`; {advice}"
 
 
-def _missing_tag(path: str, tag: str, known: list[type[Settings]]) -> str:
+def _missing_tag(path: str, tag: str, known: list[type[Settings]], named_by_user: bool) -> str:
     names = [name for section in known for name in tags(section, tag)]
-    hint = nearest(path.rpartition(".")[2], names)
+    hint = nearest(path.rpartition(".")[2], names) if named_by_user else None
     advice = f"did you mean `{hint}`?" if hint else f"add one of {', '.join(map(repr, names))}"
     return f"`{path}.{tag}` is missing: {advice}"
 

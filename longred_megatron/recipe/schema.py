@@ -6,10 +6,11 @@ methods bring their own keys (`objectives/`, `rope/`).
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from longred_megatron.families.weights import Part
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.objectives import KINDS, AnyObjective
 from longred_megatron.objectives.base import Teacher
@@ -100,6 +101,9 @@ class Training(Settings):
     recompute: Annotated[Literal["none", "selective", "full"], Mark.PHASE, Mark.FREE] = Field(
         "full",
         description="what backward recomputes; full: least memory for about a third more FLOPs",
+    )
+    trainable: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)] | None = Field(
+        None, description=f"parts of the model that learn, of {', '.join(get_args(Part))}; null: all of them"
     )
     checkpoint_every_steps: Annotated[PositiveInt, Mark.FREE] = Field(
         64, description="steps between checkpoints; one is written after the last step in any case"

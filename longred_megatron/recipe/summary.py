@@ -1,9 +1,10 @@
 """The arithmetic printed at start-up: ranks, tokens, step loss, expected memory, and what is not computed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from longred_megatron.families import Architecture
+from longred_megatron.families.weights import Part
 from longred_megatron.objectives.base import Needs, Tap
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.schema import Recipe
@@ -82,8 +83,8 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
 
     tp, pp, cp, dp: degrees of parallelism. T: tokens of a micro-batch. h: hidden size. b: bytes of a number.
 
-    - parameters = b * N, gradients = 4 * N, optimizer = (12 with bf16, 8 with fp32) * N / (dp * cp),
-      N = (layers / pp * parameters of a layer + embedding or head) / tp
+    - parameters = b * N, gradients = 4 * N, optimizer = (12 with bf16, 8 with fp32) * N / (dp * cp), of the last two
+      only the trained parts' N; N = (layers / pp * parameters of a layer + embedding or head) / tp
     - teacher = b * N of each teacher, without layers above the deepest compared one and without a head no loss needs
     - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
@@ -95,14 +96,15 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
     parallel, size = recipe.parallel, PARAMETER_BYTES[recipe.precision.params]
     replicas = _replicas(recipe, world_size)
     parameters = _stage_parameters(recipe, source, source.num_layers, True)
+    trained = _stage_parameters(recipe, source, source.num_layers, True, recipe.training.trainable)
     teachers = 0.0
     for hf, teacher in phase.teachers.items():
         depth, head = _teacher_extent(phase.taught_by(hf).values(), teacher)
         teachers += _stage_parameters(recipe, teacher, depth, head)
     return Memory(
         parameters=size * parameters,
-        gradients=GRADIENT_BYTES * parameters,
-        optimizer=OPTIMIZER_BYTES[recipe.precision.params] * parameters / (replicas * parallel.context),
+        gradients=GRADIENT_BYTES * trained,
+        optimizer=OPTIMIZER_BYTES[recipe.precision.params] * trained / (replicas * parallel.context),
         teacher=size * teachers,
         teacher_targets=_target_elements(phase, replicas) * size,
         activations=_activation_elements(recipe, source, replicas) * size,
@@ -210,17 +212,28 @@ def _replicas(recipe: Recipe, world_size: int) -> int:
     return world_size // (recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context)
 
 
-def _stage_parameters(recipe: Recipe, architecture: Architecture, num_layers: int, with_head: bool) -> float:
-    """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they are."""
+def _stage_parameters(
+    recipe: Recipe,
+    architecture: Architecture,
+    num_layers: int,
+    with_head: bool,
+    parts: Collection[Part] | None = None,
+) -> float:
+    """Parameters of the fullest rank, with the lowest `num_layers` layers spread over the stages as they are.
+
+    parts: only these; None: all.
+    """
     if num_layers == 0:
         return 0
     parallel = recipe.parallel
-    embedding = architecture.vocab_size * architecture.hidden_size
-    ends = 1 if architecture.tied_embeddings else 2
     counts = [sum(number <= num_layers for number in stage) for stage in _stages(recipe, architecture)]
     # With one stage the embedding and an untied head share a rank.
-    tables = ends if parallel.pipeline == 1 and with_head else 1
-    return (max(counts) * architecture.layer_parameters() + tables * embedding) / parallel.tensor
+    tables = [parts is None or "embedding" in parts]
+    if with_head and not architecture.tied_embeddings:
+        tables.append(parts is None or "head" in parts)
+    rows = sum(tables) if parallel.pipeline == 1 else max(tables)
+    embedding = architecture.vocab_size * architecture.hidden_size
+    return (max(counts) * architecture.layer_parameters(parts) + rows * embedding) / parallel.tensor
 
 
 def _stages(recipe: Recipe, architecture: Architecture) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Megatron's data-parallel wrapper and distributed AdamW, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from megatron.core.distributed import (
@@ -12,7 +12,10 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.dtypes import DTYPES
+from longred_megatron.families import Architecture
+from longred_megatron.families.weights import Part
 from longred_megatron.layout import Precision
 from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.recipe import Optimizer
@@ -27,6 +30,13 @@ def learning_rate(settings: Optimizer, step: int, num_steps: int) -> float:
     progress = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
     return settings.min_lr + (settings.lr - settings.min_lr) * remaining
+
+
+def train_only(parts: Collection[Part] | None, chunks: Sequence[ModelChunk], architecture: Architecture) -> None:
+    """Freezes all parameters but those of `parts`; None: none is frozen. Before the chunks are wrapped."""
+    for chunk in chunks:
+        for name, rule in chunk_rules(chunk, architecture).items():
+            chunk.get_parameter(name).requires_grad_(parts is None or rule.part in parts)
 
 
 def data_parallel(

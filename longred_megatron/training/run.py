@@ -25,7 +25,7 @@ from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
 from longred_megatron.training.flops import step_flops
 from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
-from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters
+from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters, train_only
 from longred_megatron.training.order import last_reach_all, microbatch_order
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep
@@ -62,6 +62,7 @@ def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) 
     student = extended_architecture(phase)
     chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     huggingface.load_weights(chunks, recipe.model.hf, student, groups)
+    train_only(recipe.training.trainable, chunks, student)
     teachers = {hf: build_teacher(phase, hf, student, groups) for hf in phase.teachers}
 
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
