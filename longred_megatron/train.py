@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longred_megatron.errors import UserError, run_cli
-from longred_megatron.recipe import Phase, Recipe, check_phases, load_recipe, phases_summary, read_phases
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, and --help needs neither
+    from longred_megatron.recipe import Phase, Recipe
     from longred_megatron.training.microbatches import MicroBatchSource
 
 _EXAMPLES = """examples:
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_main = os.environ.get("RANK", "0") == "0"
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
+            from longred_megatron.recipe import load_recipe
             from longred_megatron.training.rehearsal import rehearse
 
             rehearse(load_recipe(options.recipe, options.overrides))
@@ -67,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         destroy()
 
 
-def _check(path: Path, overrides: Sequence[str], is_main: bool) -> tuple[Recipe, list[Phase], list["MicroBatchSource"]]:
+def _check(path: Path, overrides: Sequence[str], is_main: bool) -> "tuple[Recipe, list[Phase], list[MicroBatchSource]]":
     """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
+    from longred_megatron.recipe import check_phases, load_recipe, phases_summary, read_phases
+
     recipe = load_recipe(path, overrides)
     phases = read_phases(recipe)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -91,7 +94,7 @@ def _check(path: Path, overrides: Sequence[str], is_main: bool) -> tuple[Recipe,
     return recipe, phases, data
 
 
-def _check_models(recipe: Recipe, phases: Sequence[Phase]) -> None:
+def _check_models(recipe: "Recipe", phases: "Sequence[Phase]") -> None:
     """Student and teachers against their weight files, each other's tokenizer and the data, before the first phase."""
     from longred_megatron.checkpoint.weight_files import WeightFiles
     from longred_megatron.data.sequences import check_tokens
