@@ -6,7 +6,7 @@ step, the start-up arithmetic, the metrics and the rehearsal ask the class and d
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
 from pydantic import Field, model_validator
@@ -167,6 +167,9 @@ class Teacher(Settings):
 class Objective(Settings):
     """What all objectives have in common. A kind adds `kind: Literal["its_name"] = "its_name"` and its own keys."""
 
+    if TYPE_CHECKING:
+        kind: str
+
     microbatches: PositiveInt = Field(
         description="micro-batches of this objective per optimizer step, over all data-parallel replicas"
     )
@@ -185,8 +188,9 @@ class Objective(Settings):
     @model_validator(mode="before")
     @classmethod
     def _old_name(cls, values: Any) -> Any:
-        kept = {"context_parallel": values["context_parallel"]} if "context_parallel" in (values or ()) else {}
-        return renamed(values, "context_parallel", "whole_sequences", lambda ranks: ranks == 1) | kept
+        new = renamed(values, "context_parallel", "whole_sequences", lambda ranks: ranks == 1)
+        # Kept for `_cut_problems`, which knows parallel.context.
+        return new | {"context_parallel": values["context_parallel"]} if new is not values else values
 
     # What a kind states.
 

@@ -63,7 +63,10 @@ class LossReducer:
         """The terms of all ranks in one order; a rank knows only those of its stage and of its replica's objectives."""
         parts: list[list[Key]] = [[] for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather_object(parts, list(dict.fromkeys(own)))  # the world, as the sum of a step
-        return sorted({key for part in parts for key in part}, key=_by_number)
+        keys = {key for part in parts for key in part}
+        silent = self._objectives.keys() - {objective for objective, _ in keys}
+        assert not silent, f"no rank owes a term of {', '.join(silent)}: the loss of its kind returns none"
+        return sorted(keys, key=_by_number)
 
 
 def _by_number(key: Key) -> list[tuple[bool, int, str]]:

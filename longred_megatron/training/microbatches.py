@@ -75,6 +75,8 @@ class MicroBatchSource:
         samples = [self._sources[objective][sample] for sample in range(first, first + num_sequences)]
         seed = stable_hash(recipe.training.seed, "positions", objective, step, place)
         batch = settings.batch(samples, torch.Generator().manual_seed(seed), self._phase.sites[objective])
+        has_teacher = batch.teacher_positions is not None
+        assert has_teacher == self._phase.needs[objective].teacher, f"{settings.kind}: teacher positions against needs"
         return MicroBatch(**vars(batch), index=index, objective=objective, settings=settings)
 
     def padding_fractions(self) -> dict[str, float]:
