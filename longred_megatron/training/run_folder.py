@@ -30,8 +30,15 @@ def check_run_folder(recipe: Recipe) -> None:
         if any(path.name != RANKS for path in folder.iterdir()):
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
+    try:
+        earlier = load_recipe(stored)
+    except UserError as error:
+        raise UserError(
+            f"run.dir: {folder} belongs to another recipe, or its recipe.yaml was changed ({error.problems[0]}); "
+            "choose another run.dir to start anew"
+        ) from None
     # Both as this version writes them: the stored one may be of an earlier version, with older names of keys.
-    old, new = (_flat(yaml.safe_load(dump_recipe(each))) for each in (load_recipe(stored), recipe))
+    old, new = (_flat(yaml.safe_load(dump_recipe(each))) for each in (earlier, recipe))
     # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
     length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
     changed = [

@@ -108,7 +108,7 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(2, {"tensor": 2, "sequence": True})
     yield Layout(2, {"pipeline": 2})
     yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2})
-    yield Layout(2, {"pipeline": 2, "layers_per_stage": [3, 5]})
+    yield Layout(2, {"pipeline": 2, "layers_per_chunk": [3, 5]})
     yield Layout(2, {"context": 2})
     yield Layout(2, {"context": 2}, whole_sequences=True)
     yield Layout(1, {}, recompute="full")
@@ -125,10 +125,10 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full")
     yield Layout(4, {"pipeline": 2, "context": 2}, whole_sequences=True, recompute="full")
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, recompute="selective")
-    yield Layout(4, {"pipeline": 4, "layers_per_stage": [1, 3, 3, 1]})
+    yield Layout(4, {"pipeline": 4, "layers_per_chunk": [1, 3, 3, 1]})
     yield Layout(4, {"pipeline": 4, "virtual_pipeline": 2})
     yield Layout(4, {"context": 4})
-    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_stage": [1, 3, 2, 2]}, model="tied")
+    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_chunk": [1, 3, 2, 2]}, model="tied")
     yield Layout(4, {"context": 2}, model="biases", whole_sequences=True)
     # Three and more.
     yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}, recompute="full")
@@ -213,9 +213,9 @@ def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, fl
 
 def markdown(outcomes: Mapping[str, Outcome]) -> str:
     """The table of the docs."""
-    keys = ("tensor", "sequence", "pipeline", "virtual_pipeline", "layers_per_stage", "context")
+    keys = ("tensor", "sequence", "pipeline", "virtual_pipeline", "layers_per_chunk", "context")
     lines = [
-        "| ranks | tensor | sequence | pipeline | virtual | layers per stage | context | data | recompute | model "
+        "| ranks | tensor | sequence | pipeline | virtual | layers per chunk | context | data | recompute | model "
         "| losses | gradient norm | weights |",
         "| " + " | ".join(["---"] * 13) + " |",
     ]

@@ -20,7 +20,7 @@ SAVED = {  # model and overrides, on four ranks
 LOADED = {
     "pipeline 4": (4, ("parallel.pipeline=4",)),
     "interleaved": (4, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-    "uneven, tensor 2": (4, ("parallel.pipeline=2", "parallel.layers_per_stage=[3,5]", "parallel.tensor=2")),
+    "uneven, tensor 2": (4, ("parallel.pipeline=2", "parallel.layers_per_chunk=[3,5]", "parallel.tensor=2")),
     "context 2, data 2": (4, ("parallel.context=2",)),
     "data 2": (2, ()),
     "one": (1, ()),

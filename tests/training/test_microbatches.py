@@ -8,8 +8,10 @@ from safetensors import safe_open
 
 from longred_megatron.data.sequences import IndexedSequences, SequenceSource
 from longred_megatron.errors import UserError
+from longred_megatron.kernels.linear_loss import NO_LABEL
 from longred_megatron.recipe import Recipe, load_recipe
-from longred_megatron.training.microbatches import NO_LOSS, MicroBatch, MicroBatchSource, dump, stable_hash
+from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump, stable_hash
+from tests.recipe.conftest import LLAMA3_8B, phase_of
 
 RECIPE = """
 model: {{hf: model, rope: {{method: abf, theta: 1.0e+6}}, max_position_embeddings: 256}}
@@ -17,7 +19,7 @@ step: {{tokens_per_microbatch: 128}}
 objectives:
   long_text: {{microbatches: 3, sequence_length: 128, data: long}}
   short_to_long:
-    {{microbatches: 1, sequence_length: 64, data: mixed, positions: cream, weight: 10, context_parallel: 1}}
+    {{microbatches: 1, sequence_length: 64, data: mixed, positions: cream, weight: 10, whole_sequences: true}}
   short_restoration: {{microbatches: 2, sequence_length: 16, data: mixed, layers: [1, 2], weight: 5}}
 data: {{long: {{{folder}/a: 1}}, mixed: {{{folder}/a: 0.6, {folder}/b: 0.4}}}}
 optimizer: {{lr: 1.0e-3}}
@@ -41,6 +43,10 @@ def recipe(make_recipe) -> Recipe:
     return make_recipe()
 
 
+def source_of(recipe: Recipe) -> MicroBatchSource:
+    return MicroBatchSource(phase_of(recipe, LLAMA3_8B))
+
+
 def assert_same(left: MicroBatch, right: MicroBatch) -> None:
     for field in dataclasses.fields(MicroBatch):
         mine, theirs = getattr(left, field.name), getattr(right, field.name)
@@ -52,34 +58,33 @@ def by_objective(batches, objective):
 
 
 def test_a_step_holds_what_the_recipe_says(recipe):
-    batches = MicroBatchSource(recipe).step(1, 0, 1)
+    batches = source_of(recipe).step(1, 0, 1)
     assert [batch.index for batch in batches] == list(range(6))
     assert Counter(batch.objective for batch in batches) == {
         "long_text": 3, "short_to_long": 1, "short_restoration": 2,
     }  # fmt: skip
     assert batches[-1].objective == "long_text"  # cross-entropy last
     for batch in batches:
-        settings = getattr(recipe.objectives, batch.objective)
+        settings = recipe.objectives[batch.objective]
         shape = (128 // settings.sequence_length, settings.sequence_length)
         for tensor in (batch.tokens, batch.labels, batch.student_positions):
             assert tensor.shape == shape and tensor.dtype == torch.int64 and tensor.is_contiguous()
-        assert batch.weight == settings.weight
-        assert batch.context_parallel == settings.context_parallel
+        assert batch.settings == settings
         assert batch.num_valid_tokens == 128
 
 
 def test_long_text_learns_the_next_token(recipe):
-    for batch in by_objective(MicroBatchSource(recipe).step(2, 0, 1), "long_text"):
+    for batch in by_objective(source_of(recipe).step(2, 0, 1), "long_text"):
         assert torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
-        assert (batch.labels != NO_LOSS).sum() == batch.num_valid_tokens
+        assert (batch.labels != NO_LABEL).sum() == batch.num_valid_tokens
         assert torch.equal(batch.student_positions, torch.arange(128).expand(1, -1))
         assert batch.teacher_positions is None
 
 
 def test_restoration_has_no_labels_and_a_teacher_at_natural_positions(recipe):
-    batches = MicroBatchSource(recipe).step(1, 0, 1)
+    batches = source_of(recipe).step(1, 0, 1)
     for batch in by_objective(batches, "short_restoration") + by_objective(batches, "short_to_long"):
-        assert (batch.labels == NO_LOSS).all()
+        assert (batch.labels == NO_LABEL).all()
         assert torch.equal(batch.teacher_positions, torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens))
     for batch in by_objective(batches, "short_restoration"):
         assert torch.equal(batch.student_positions, batch.teacher_positions)
@@ -89,7 +94,7 @@ def test_restoration_has_no_labels_and_a_teacher_at_natural_positions(recipe):
 
 
 def test_each_objective_walks_its_own_samples_in_order(recipe):
-    source = MicroBatchSource(recipe)
+    source = source_of(recipe)
     for objective, settings in recipe.objectives.items():
         seed = stable_hash(11, "order", objective, settings.data)
         samples = SequenceSource(IndexedSequences, recipe.data[settings.data], settings.sequence_length, seed)
@@ -105,18 +110,16 @@ def test_each_objective_walks_its_own_samples_in_order(recipe):
 
 @pytest.mark.parametrize("num_replicas", [2, 3, 6])
 def test_replicas_deal_out_the_same_step(recipe, num_replicas):
-    whole = MicroBatchSource(recipe).step(5, 0, 1)
-    dealt = [
-        batch for replica in range(num_replicas) for batch in MicroBatchSource(recipe).step(5, replica, num_replicas)
-    ]
+    whole = source_of(recipe).step(5, 0, 1)
+    dealt = [batch for replica in range(num_replicas) for batch in source_of(recipe).step(5, replica, num_replicas)]
     for batch in dealt:
         assert_same(batch, whole[batch.index])
     assert sorted(batch.index for batch in dealt) == list(range(6))
 
 
 def test_a_step_depends_on_no_step_before_and_on_no_layout(make_recipe):
-    expected = MicroBatchSource(make_recipe()).step(40, 0, 1)
-    walked = MicroBatchSource(make_recipe("training.steps=99", "parallel.tensor=2", "optimizer.lr=1.0"))
+    expected = source_of(make_recipe()).step(40, 0, 1)
+    walked = source_of(make_recipe("training.steps=99", "parallel.tensor=2", "optimizer.lr=1.0"))
     for step in range(1, 40):
         walked.step(step, 0, 1)
     for left, right in zip(walked.step(40, 0, 1), expected, strict=True):
@@ -124,8 +127,8 @@ def test_a_step_depends_on_no_step_before_and_on_no_layout(make_recipe):
 
 
 def test_steps_seeds_and_objectives_differ(make_recipe):
-    source = MicroBatchSource(make_recipe())
-    other = MicroBatchSource(make_recipe("training.seed=12"))
+    source = source_of(make_recipe())
+    other = source_of(make_recipe("training.seed=12"))
     first, second, seeded = source.step(1, 0, 1), source.step(2, 0, 1), other.step(1, 0, 1)
     for left, right in zip(first + first, second + seeded, strict=True):
         assert not torch.equal(left.tokens, right.tokens)
@@ -134,7 +137,7 @@ def test_steps_seeds_and_objectives_differ(make_recipe):
             assert not torch.equal(left.student_positions, right.student_positions)
     # Two objectives on one data set, with sequences of one length, still read it in different orders.
     same = make_recipe("objectives.short_to_long.sequence_length=16")
-    batches = MicroBatchSource(same).step(1, 0, 1)
+    batches = source_of(same).step(1, 0, 1)
     restored, skipped = by_objective(batches, "short_restoration"), by_objective(batches, "short_to_long")
     assert not torch.equal(restored[0].tokens, skipped[0].tokens)
 
@@ -142,7 +145,7 @@ def test_steps_seeds_and_objectives_differ(make_recipe):
 def test_problems_of_all_objectives_come_together(make_recipe, tmp_path):
     recipe = make_recipe(f"data.long={{{tmp_path}/none: 1}}", f"data.mixed={{{tmp_path}/nothing: 1}}")
     with pytest.raises(UserError) as raised:
-        MicroBatchSource(recipe)
+        source_of(recipe)
     assert len(raised.value.problems) == 2  # two objectives share the missing `mixed`
 
 
@@ -154,7 +157,7 @@ def test_stable_hash_is_pinned():
 
 
 def test_dump_holds_every_tensor_in_training_order(recipe, tmp_path):
-    batches = MicroBatchSource(recipe).step(7, 1, 2)
+    batches = source_of(recipe).step(7, 1, 2)
     path = dump(batches, tmp_path / "dumps", step=7, replica=1)
     assert path == tmp_path / "dumps" / "step-00007.dp-1.safetensors"
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -177,7 +180,7 @@ PACKED = "objectives.packed_distillation={microbatches: 2, sequence_length: 64, 
 
 def packed_batches(make_recipe, *settings: str, step: int = 1) -> list[MicroBatch]:
     recipe = make_recipe(PACKED, *(f"objectives.packed_distillation.{setting}" for setting in settings))
-    return by_objective(MicroBatchSource(recipe).step(step, 0, 1), "packed_distillation")
+    return by_objective(source_of(recipe).step(step, 0, 1), "packed_distillation")
 
 
 def test_a_packed_token_asks_for_the_next_of_its_own_document(make_recipe):
@@ -186,9 +189,9 @@ def test_a_packed_token_asks_for_the_next_of_its_own_document(make_recipe):
         for tokens, labels, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
             assert sum(lengths) == 64
             for document, wanted in zip(tokens.split(lengths), labels.split(lengths), strict=True):
-                assert wanted[-1] == NO_LOSS
-                assert torch.equal(wanted[:-1], document[1:]) or ((wanted == NO_LOSS).all() and not document.any())
-        assert batch.num_valid_tokens == (batch.labels != NO_LOSS).sum()
+                assert wanted[-1] == NO_LABEL
+                assert torch.equal(wanted[:-1], document[1:]) or ((wanted == NO_LABEL).all() and not document.any())
+        assert batch.num_valid_tokens == (batch.labels != NO_LABEL).sum()
 
 
 def test_padding_has_no_label(make_recipe):
@@ -200,7 +203,7 @@ def test_padding_has_no_label(make_recipe):
         for tokens, labels, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
             if not tokens[-lengths[-1] :].any():
                 found += 1
-                assert (labels[-lengths[-1] :] == NO_LOSS).all()
+                assert (labels[-lengths[-1] :] == NO_LABEL).all()
     assert found > 3
 
 
@@ -236,6 +239,6 @@ def test_the_dump_tells_documents_apart(make_recipe, tmp_path):
 
 
 def test_padding_fractions_are_told_by_set(make_recipe, tmp_path):
-    fractions = MicroBatchSource(make_recipe(PACKED)).padding_fractions()
+    fractions = source_of(make_recipe(PACKED)).padding_fractions()
     assert set(fractions) == {str(tmp_path / "a"), str(tmp_path / "b")}
     assert all(0 <= fraction < 0.2 for fraction in fractions.values())

@@ -40,7 +40,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms(tmp_path: Pat
         run = build_run(recipe, groups)
         before = {name: p.detach().float() for chunk in run.chunks for name, p in chunk.named_parameters()}
         run.optimizer.zero_grad()
-        set_hyperparameters(run.optimizer, run.recipe.optimizer, step=1, num_steps=10)
+        set_hyperparameters(run.optimizer, run.phase.recipe.optimizer, step=1, num_steps=10)
         run.optimizer.step()  # every gradient is zero, so decay alone moves the weights: by 1 - 0.1 x 0.5
         after = {name: p.detach().float() for chunk in run.chunks for name, p in chunk.named_parameters()}
     finally:

@@ -4,9 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longred_megatron.training.order import OBJECTIVES, microbatch_order, replica_indices
+from longred_megatron.objectives.base import Needs, Tap
+from longred_megatron.training.order import last_reach_all, microbatch_order, replica_indices
 
-counts_of_a_step = st.dictionaries(st.sampled_from(OBJECTIVES), st.integers(0, 20)).filter(
+WITHOUT_HEAD = Needs(pairs={Tap(1): Tap(1)})
+NEEDS = {
+    "short_restoration": WITHOUT_HEAD,
+    "short_to_long": WITHOUT_HEAD,
+    "long_text": Needs(student_head=True),
+    "another": Needs(student_head=True, teacher_head=True),
+}
+
+counts_of_a_step = st.dictionaries(st.sampled_from(list(NEEDS)), st.integers(0, 20)).filter(
     lambda counts: sum(counts.values()) > 0
 )
 
@@ -14,17 +23,25 @@ counts_of_a_step = st.dictionaries(st.sampled_from(OBJECTIVES), st.integers(0, 2
 @settings(deadline=None)
 @given(counts_of_a_step)
 def test_order_has_each_objective_as_often_as_asked(counts):
-    order = microbatch_order(counts)
+    order = microbatch_order(counts, NEEDS)
     assert Counter(order) == {name: count for name, count in counts.items() if count}
 
 
 @settings(deadline=None)
 @given(counts_of_a_step)
-def test_cross_entropy_comes_last_and_the_order_of_the_counts_does_not_matter(counts):
-    order = microbatch_order(counts)
-    num_long = counts.get("long_text", 0)
-    assert order[len(order) - num_long :] == ["long_text"] * num_long
-    assert microbatch_order(dict(reversed(counts.items()))) == order
+def test_those_with_a_head_come_last_and_the_order_of_the_counts_does_not_matter(counts):
+    order = microbatch_order(counts, NEEDS)
+    heads = [NEEDS[name].student_head for name in order]
+    assert heads == sorted(heads)
+    assert microbatch_order(dict(reversed(counts.items())), NEEDS) == order
+
+
+def test_gradients_may_be_reduced_early_only_behind_what_reaches_every_parameter_once():
+    order = ["short_restoration", "long_text", "long_text"]
+    assert last_reach_all(order, NEEDS, 1) and last_reach_all(order, NEEDS, 2)
+    assert not last_reach_all(order, NEEDS, 3)
+    twice = NEEDS | {"long_text": Needs(student_head=True, pairs={Tap(1, "query"): Tap(1, "query")})}
+    assert not last_reach_all(order, twice, 1)
 
 
 @settings(deadline=None)
@@ -38,10 +55,10 @@ def test_every_replica_gets_its_share_and_none_is_lost(share, num_replicas):
 @settings(deadline=None)
 @given(counts_of_a_step, st.integers(1, 8))
 def test_replicas_shares_of_an_objective_differ_by_at_most_one(counts, num_replicas):
-    order = microbatch_order(counts)
+    order = microbatch_order(counts, NEEDS)
     if len(order) % num_replicas:
         return
-    for objective in OBJECTIVES:
+    for objective in NEEDS:
         shares = [
             sum(order[index] == objective for index in replica_indices(len(order), replica, num_replicas))
             for replica in range(num_replicas)
@@ -50,7 +67,7 @@ def test_replicas_shares_of_an_objective_differ_by_at_most_one(counts, num_repli
 
 
 def test_the_released_step_on_four_replicas():
-    order = microbatch_order({"long_text": 8, "short_to_long": 2, "short_restoration": 6})
+    order = microbatch_order({"long_text": 8, "short_to_long": 2, "short_restoration": 6}, NEEDS)
     assert replica_indices(16, 1, 4) == [1, 5, 9, 13]
     assert [order[index] for index in (1, 5, 9, 13)] == ["short_restoration"] * 2 + ["long_text"] * 2
 
@@ -65,17 +82,3 @@ def test_counts_that_do_not_divide_among_replicas_are_refused(num_microbatches, 
 def test_a_replica_that_does_not_exist_is_refused(replica):
     with pytest.raises(ValueError, match=f"replica {replica}"):
         replica_indices(4, replica, 2)
-
-
-@pytest.mark.parametrize(
-    "counts, message",
-    [
-        ({"long_texts": 1}, "'long_texts' is not known"),
-        ({"long_text": -1}, "has -1 micro-batches"),
-        ({"long_text": 0}, "at least one"),
-        ({}, "at least one"),
-    ],
-)
-def test_impossible_counts_are_refused(counts, message):
-    with pytest.raises(ValueError, match=message):
-        microbatch_order(counts)

@@ -141,7 +141,8 @@ import weakref
 def built(*args):
     freed.extend(p() is None for p in alive)
     run = build(*args)
-    alive.extend(weakref.ref(p) for stage in (*run.stages, *run.train_step.teacher) for p in stage.parameters())
+    teachers = (chunk for chunks in run.train_step.teachers.values() for chunk in chunks)
+    alive.extend(weakref.ref(p) for chunk in (*run.chunks, *teachers) for p in chunk.parameters())
     return run
 alive = []
 runs._one_step, runs.build = spy, built

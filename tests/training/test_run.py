@@ -112,17 +112,19 @@ from longred_megatron import train
 from longred_megatron.training import run as runs
 seen = {}
 build = runs.build
+def parameters_of_teachers(run):
+    return [p for chunks in run.train_step.teachers.values() for chunk in chunks for p in chunk.parameters()]
 def spy(*args):
     run = build(*args)
-    seen["run"], seen["before"] = run, [p.clone() for s in run.train_step.teacher for p in s.parameters()]
+    seen["run"], seen["before"] = run, [p.clone() for p in parameters_of_teachers(run)]
     return run
 runs.build = spy
 train.main(sys.argv[1:])
-run, teacher = seen["run"], [p for s in seen["run"].train_step.teacher for p in s.parameters()]
+run, teacher = seen["run"], parameters_of_teachers(seen["run"])
 assert teacher and all(torch.equal(a, b) for a, b in zip(teacher, seen["before"], strict=True))
 assert all(p.grad is None and not p.requires_grad and not hasattr(p, "main_grad") for p in teacher)
 owned = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
-owned |= {id(p) for s in run.stages for p in s.parameters()}
+owned |= {id(p) for s in run.chunks for p in s.parameters()}
 assert not owned & {id(p) for p in teacher}
 """
     subprocess.run([sys.executable, "-c", script, str(recipe), "training.steps=2"], check=True, timeout=300)
