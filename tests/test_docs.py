@@ -1,6 +1,7 @@
 """The documents stay true: the files, make targets and flags they name exist."""
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+
+from longred_megatron.objectives import KINDS
+from longred_megatron.objectives.base import Objective
+from longred_megatron.rope import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
@@ -126,6 +132,33 @@ def test_flags_in_documents_are_known_to_the_tool(tool: str) -> None:
         if (unknown := unknown_arguments([tool, *arguments], help_text))
     ]
     assert not problems, "\n".join(problems)
+
+
+def undocumented_keys(section: str, kind: type[Objective], names: set[str]) -> Iterator[str]:
+    """The keys of `names` that have no row | `key` | default | in a section of docs/objectives.md."""
+    for name in sorted(names):
+        field = kind.model_fields[name]
+        default = "required" if field.is_required() else json.dumps(field.default).strip('"')
+        if f"| `{name}` | {default} |" not in section:
+            yield f"{name}, default {default}"
+
+
+def test_every_kind_and_key_and_method_and_run_is_documented() -> None:
+    page, *sections = re.split(r"^### ", (ROOT / "docs/objectives.md").read_text(), flags=re.MULTILINE)
+    shared = Objective.model_fields
+    missing = list(undocumented_keys(page, Objective, {name for name in shared if not shared[name].exclude}))
+    for name, kind in KINDS.items():
+        section = next((each for each in sections if f"`{name}`" in each.splitlines()[0]), "")
+        inherited = {key for key, field in shared.items() if kind.model_fields[key].default == field.default}
+        own = kind.model_fields.keys() - inherited - {"kind"}
+        missing += [f"{name}: {key}" for key in undocumented_keys(section, kind, own)]
+        missing += [f"{name} in the table of kinds"] * (f"`{name}`" not in page)
+    readme = (ROOT / "README.md").read_text()
+    missing += [f"the method {name}" for name in METHODS if f"| `{name}` |" not in readme]
+    rows = "".join(re.findall(r"^\| `recipes/.*$", readme, re.MULTILINE))
+    runs = {path.name for path in (ROOT / "recipes").glob("*.yaml") if "run" in yaml.safe_load(path.read_text())}
+    missing += sorted(runs - set(re.findall(r"\w+\.yaml", rows)))
+    assert not missing
 
 
 SAMPLE = """

@@ -18,12 +18,11 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf runs/b/hf --output report
 
   # own texts: short ones for what should be kept, long ones for what should be gained
-  python tools/evaluate.py --hf models/base runs/a/hf --short-text texts/short.jsonl --long-text texts/books
-  --output report
+  python tools/evaluate.py --hf models/base runs/a/hf --output report \\
+      --short-text texts/short.jsonl --long-text texts/books
 
   # a quick look at a long window on one GPU
-  python tools/evaluate.py --hf models/base runs/a/hf --window 131072 --samples 2 --long-windows 4 --output
-  report
+  python tools/evaluate.py --hf models/base runs/a/hf --output report --window 131072 --samples 2 --long-windows 4
 
 Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
 them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
@@ -54,6 +53,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)"
     )
     models.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
+    _add_texts(parser, default)
+    _add_retrieval(parser, default)
+    _add_running(parser, default)
+    return parser.parse_args(arguments)
+
+
+def _add_texts(parser: argparse.ArgumentParser, default: Settings) -> None:
     texts = parser.add_argument_group("texts and windows")
     texts.add_argument("--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements")
     texts.add_argument(
@@ -102,6 +108,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help="windows of long text (%(default)s)",
     )
+
+
+def _add_retrieval(parser: argparse.ArgumentParser, default: Settings) -> None:
     tasks = parser.add_argument_group("retrieval")
     tasks.add_argument(
         "--lengths",
@@ -133,6 +142,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         metavar="N",
         help="keys in a multi-key prompt (%(default)s)",
     )
+
+
+def _add_running(parser: argparse.ArgumentParser, default: Settings) -> None:
     running = parser.add_argument_group("running")
     running.add_argument(
         "--device",
@@ -155,7 +167,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     running.add_argument(
         "--seed", type=int, default=default.seed, metavar="N", help="order of texts and prompts (%(default)s)"
     )
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:

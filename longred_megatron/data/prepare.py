@@ -98,12 +98,8 @@ def prepare(
     _check_settings(output_prefix, min_tokens, workers, overwrite)
     files = find_files(inputs)
     tokenizer = load_tokenizer(tokenizer_path)
-    documents = chain.from_iterable(read_documents(file, text_key) for file in files)
-    encoded: Iterator[tuple[list[Tokens], int]]
-    if workers == 1:
-        encoded = ((_encode(tokenizer, _texts(chunk)), _num_bytes(chunk)) for chunk in _chunks(documents))
-    else:
-        encoded = _encoded_by_workers(_chunks(documents), tokenizer_path, workers)
+    chunks = _chunks(chain.from_iterable(read_documents(file, text_key) for file in files))
+    encoded = _encoded(chunks, tokenizer, tokenizer_path, workers)
     num_bytes = sum(file.stat().st_size for file in files)
     data, report_file, index = (Path(f"{output_prefix}{suffix}") for suffix in OUTPUT_SUFFIXES)
     with (
@@ -178,10 +174,19 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Tokens]:
     return [np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.int32) for text in texts]
 
 
+def _encoded(
+    chunks: Iterator[list[Document]], tokenizer: Tokenizer, tokenizer_path: Path, workers: int
+) -> Iterator[tuple[list[Tokens], int]]:
+    """For each chunk, in order: the tokens of its documents, and the bytes of input it stands for."""
+    if workers > 1:
+        return _encoded_by_workers(chunks, tokenizer_path, workers)
+    return ((_encode(tokenizer, _texts(chunk)), _num_bytes(chunk)) for chunk in chunks)
+
+
 def _encoded_by_workers(
     chunks: Iterator[list[Document]], tokenizer_path: Path, workers: int
 ) -> Iterator[tuple[list[Tokens], int]]:
-    """For each chunk, in order: the tokens of its documents, and the bytes of input it stands for."""
+    """The same, by so many processes."""
     # Spawned, not forked: tokenizers keep threads, which a fork would break.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_parent)

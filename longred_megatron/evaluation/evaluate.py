@@ -130,12 +130,10 @@ def evaluate(
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
 
     encoders = [load_encoder(fact.path) for fact in facts]
-    corpora: dict[str, Corpus] = {}
-    for encoder in encoders:
-        if encoder.fingerprint not in corpora:
-            corpora[encoder.fingerprint] = build_corpus(
-                encoder, short_source, long_source, original, extended, lengths, settings
-            )
+    corpora = {
+        fingerprint: build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
+        for fingerprint, encoder in {encoder.fingerprint: encoder for encoder in reversed(encoders)}.items()
+    }
 
     base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
     results = []
@@ -147,17 +145,12 @@ def evaluate(
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
     if len(corpora) > 1:
         notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
+    computed_with = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     finished = Report(
         models=tuple(results),
         original_window=original,
         extended_window=extended,
-        settings=_plain(settings)
-        | {
-            "lengths": list(lengths),
-            "tokens_per_batch": tokens_per_batch,
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
+        settings=_plain(settings) | {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch} | computed_with,
         versions=_versions(device),
         notes=tuple(notes),
         command=command,

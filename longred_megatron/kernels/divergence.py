@@ -1,4 +1,15 @@
-"""Divergence of a student's next-token distribution from a teacher's, straight from both models' hidden states."""
+"""Divergence of a student's next-token distribution from a teacher's, straight from both models' hidden states.
+
+With p_s, p_t = softmax(logits / temperature) of student and teacher, a token's loss is
+    (1 - cross_entropy) * temperature^2 * D(p_t, p_s) + cross_entropy * (-log softmax(student logits)[label])
+and the divergence D by its `direction`, with m = (p_t + p_s) / 2,
+    "forward"         KL(p_t || p_s) = sum over entries of p_t * log(p_t / p_s),
+    "reverse"         KL(p_s || p_t),
+    "jensen_shannon"  1/2 KL(p_t || m) + 1/2 KL(p_s || m).
+temperature^2 keeps the size of D's gradient, which falls with 1 / temperature^2 (Hinton et al. 2015, arXiv 1503.02531,
+section 2). With `top_k`, D is over k + 1 buckets: the teacher's k most probable entries of the whole vocabulary (of
+equal ones any, but on all ranks the same) and one with all the rest of each model's probability.
+"""
 
 import math
 from typing import Literal, get_args
@@ -41,20 +52,9 @@ def linear_distillation(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Sum over tokens with a label of the following, a scalar in fp32 (or fp64):
-        (1 - cross_entropy) * temperature^2 * D(p_t, p_s) + cross_entropy * (-log softmax(student logits)[label])
-    where p_s, p_t = softmax(logits / temperature) of student and teacher.
+    """Sum over tokens with a label of this module's loss, a scalar in fp32 (or fp64).
 
-    - direction: the divergence D. With m = (p_t + p_s) / 2,
-        "forward"         KL(p_t || p_s) = sum over entries of p_t * log(p_t / p_s),
-        "reverse"         KL(p_s || p_t),
-        "jensen_shannon"  1/2 KL(p_t || m) + 1/2 KL(p_s || m).
-    - temperature^2 keeps the size of D's gradient, which falls with 1 / temperature^2 (Hinton et al. 2015,
-      arXiv 1503.02531, section 2).
-    - top_k: D is over k + 1 buckets, the teacher's k most probable entries of the whole vocabulary (of equal ones
-      any, but on all ranks the same) and one with all the rest of each model's probability. None: every entry.
-    - cross_entropy: the share of the label's cross-entropy, in [0, 1]. At 1 there need be no teacher.
-
+    - top_k: None is every entry. cross_entropy: in [0, 1]; at 1 there need be no teacher.
     - hidden [tokens, student_hidden] and weight [vocab_local, student_hidden] have one dtype, teacher_hidden
       [tokens, teacher_hidden] and teacher_weight [vocab_local, teacher_hidden] have one dtype: those of the
       products. Softmax, D and sums run in the student's, at least fp32.
@@ -62,10 +62,8 @@ def linear_distillation(
     - Both weights are this rank's shards: rank r of `group` (the tensor-parallel group; None: one rank) holds the
       rows from r * vocab_local on. Rows from `vocab_size` on are padding and take no probability.
 
-    Divided by the number of labels N_i this is one term of the step loss
-        (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over tokens of loss_o(token).
-    Divisor and weight are the caller's. The loss is the same on all ranks of the group; the gradient of `hidden` is
-    this rank's partial sum, to be summed over the group by the caller. The teacher gets none. Can be differentiated
+    Divisor and weight in the step loss are the caller's. The loss is the same on all ranks of the group; the gradient
+    of `hidden` is this rank's partial sum, to be summed over the group by the caller. The teacher gets none. Can be differentiated
     once; see `linear_loss`. `chunk_tokens` bounds the working memory, by default as CHUNK_BYTES says.
 
     Raises ValueError for settings out of range, a missing teacher, numbers of tokens or rows that differ, and fewer
