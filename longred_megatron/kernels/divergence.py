@@ -63,8 +63,8 @@ def linear_distillation(
       rows from r * vocab_local on. Rows from `vocab_size` on are padding and take no probability.
 
     Divisor and weight in the step loss are the caller's. The loss is the same on all ranks of the group; the gradient
-    of `hidden` is this rank's partial sum, to be summed over the group by the caller. The teacher gets none. Can be differentiated
-    once; see `linear_loss`. `chunk_tokens` bounds the working memory, by default as CHUNK_BYTES says.
+    of `hidden` is this rank's partial sum, to be summed over the group by the caller. The teacher gets none. Can be
+    differentiated once; see `linear_loss`. `chunk_tokens` bounds the working memory, by default as CHUNK_BYTES says.
 
     Raises ValueError for settings out of range, a missing teacher, numbers of tokens or rows that differ, and fewer
     rows than `vocab_size`.
