@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo layouts chaos study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts chaos study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -15,6 +15,9 @@ setup: ## .venv in this folder with everything in it (first time: 3-5 minutes, 6
 
 test: setup ## every test
 	$(PYTHON_IN_VENV) -m pytest $(PYTEST_FLAGS)
+
+coverage: setup ## every test, and the lines of longred_megatron that none of them runs
+	$(PYTHON_IN_VENV) -m pytest $(PYTEST_FLAGS) --cov=longred_megatron
 
 lint: setup ## what CI checks besides the tests: ruff and mypy
 	@failed=0; \

@@ -37,7 +37,7 @@ def train(recipe: Path | str, *overrides: str) -> None:
 def run(*arguments: object) -> None:
     """Runs a command of the project in a process of its own. Raises `UserError` when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment)
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, check=False)
     if done.returncode:
         raise UserError(
             f"`{' '.join(map(str, arguments))}` failed with exit code {done.returncode}; its message is above"

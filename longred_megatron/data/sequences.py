@@ -45,7 +45,7 @@ def open_indexed(prefix: str) -> "IndexedDataset":
             "section `data`"
         )
     # Looked at before Megatron does, whose assertions would not say what to do.
-    with open(f"{prefix}.idx", "rb") as index:
+    with Path(f"{prefix}.idx").open("rb") as index:
         header = index.read(INDEX_HEADER.size)
     if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
         raise _damaged(prefix, f"{prefix}.idx is no index of Megatron's")

@@ -81,9 +81,11 @@ def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
     if entries:
         listed = ", ".join(f"{token!r} is {number}" for token, number in entries[:4])
         problems.append(f"{len(entries)} entries are in one vocabulary only ({listed})")
-    for name in ("bos_token", "eos_token"):
-        if getattr(ours, name) != getattr(theirs, name):
-            problems.append(f"{name} is {getattr(ours, name)!r} and {getattr(theirs, name)!r}")
+    problems += [
+        f"{name} is {getattr(ours, name)!r} and {getattr(theirs, name)!r}"
+        for name in ("bos_token", "eos_token")
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
     if problems:
         raise UserError(
             f"model.hf {hf} and teacher.hf {teacher_hf} have different tokenizers: {'; '.join(problems)}; "

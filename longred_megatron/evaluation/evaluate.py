@@ -130,10 +130,10 @@ def evaluate(
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
 
     encoders = [load_encoder(fact.path) for fact in facts]
-    corpora = {
-        fingerprint: build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
-        for fingerprint, encoder in {encoder.fingerprint: encoder for encoder in reversed(encoders)}.items()
-    }
+    corpora: dict[str, Corpus] = {}
+    for encoder in encoders:
+        if (key := encoder.fingerprint) not in corpora:
+            corpora[key] = build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
 
     base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
     results = []
@@ -265,14 +265,13 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
             f"--window {extended}: is below the original window {original}; raise it or set --original-window"
         )
     longest = max([extended, *settings.lengths])
-    for fact in facts:
-        # Rotary models compute any position; a table of learned positions ends.
-        if fact.rope is None and longest > fact.max_position_embeddings:
-            problems.append(
-                f"{fact.path}: has no rotary positions and max_position_embeddings "
-                f"{fact.max_position_embeddings}, it cannot run at {longest} tokens; "
-                "set --window and --lengths within it or leave the model out"
-            )
+    # Rotary models compute any position; a table of learned positions ends.
+    problems += [
+        f"{fact.path}: has no rotary positions and max_position_embeddings {fact.max_position_embeddings}, it cannot "
+        f"run at {longest} tokens; set --window and --lengths within it or leave the model out"
+        for fact in facts
+        if fact.rope is None and longest > fact.max_position_embeddings
+    ]
     if problems:
         raise UserError(*problems)
     return original, extended

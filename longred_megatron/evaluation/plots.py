@@ -171,6 +171,7 @@ def similarity_figure(report: Report) -> str:
 
 
 def task_title(result: Retrieval) -> str:
+    """The name of a retrieval task, with its number of keys."""
     return "Passkey (1 key)" if result.num_keys == 1 else f"Multi-key ({result.num_keys} keys, one asked)"
 
 

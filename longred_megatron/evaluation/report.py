@@ -148,10 +148,12 @@ def number(value: float) -> str:
 
 
 def percent(share: float) -> str:
+    """A share of 1 in whole percent."""
     return f"{100 * share:.0f} %"
 
 
 def percent_change(value: float, reference: float) -> str:
+    """How much `value` lies above `reference`, in percent; from a hundredfold on, and if not finite, their ratio."""
     change = 100 * (value / reference - 1)
     return f"{change:+.1f} %" if math.isfinite(change) and change < 1e4 else f"x {number(value / reference)}"
 

@@ -1,0 +1,1 @@
+"""The mathematics of the losses: functions of tensors, without Megatron."""

@@ -6,6 +6,8 @@ and the divergence D by its `direction`, with m = (p_t + p_s) / 2,
     "forward"         KL(p_t || p_s) = sum over entries of p_t * log(p_t / p_s),
     "reverse"         KL(p_s || p_t),
     "jensen_shannon"  1/2 KL(p_t || m) + 1/2 KL(p_s || m).
+The sum over tokens divided by the number of labels N_i is one term of the step loss
+    (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over tokens of loss_o(token).
 temperature^2 keeps the size of D's gradient, which falls with 1 / temperature^2 (Hinton et al. 2015, arXiv 1503.02531,
 section 2). With `top_k`, D is over k + 1 buckets: the teacher's k most probable entries of the whole vocabulary (of
 equal ones any, but on all ranks the same) and one with all the rest of each model's probability.

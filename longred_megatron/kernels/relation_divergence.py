@@ -179,6 +179,14 @@ def _check(
     elif first_row != 0:
         raise ValueError(f"first_row {first_row} must be 0 without columns: the rows are then the columns")
     shapes = {name: list(tensor.shape) for name, tensor in given.items()}
+    _check_shapes(shapes)
+    num_rows, num_columns = student.shape[1], shapes.get("student_columns", shapes["student"])[1]
+    if not 0 <= first_row <= num_columns - num_rows:
+        raise ValueError(f"first_row {first_row} with {num_rows} rows is outside the {num_columns} columns")
+
+
+def _check_shapes(shapes: dict[str, list[int]]) -> None:
+    """Of the tensors given, by name: rows and columns of the student, and of the teacher."""
     for name, shape in shapes.items():
         if len(shape) != 4:
             raise ValueError(f"{name} {shape} must have the shape [sequences, tokens, heads, head_dim]")
@@ -189,6 +197,3 @@ def _check(
     for rows, columns in (("student", "student_columns"), ("teacher", "teacher_columns")):
         if columns in shapes and shapes[rows][:1] + shapes[rows][2:] != shapes[columns][:1] + shapes[columns][2:]:
             raise ValueError(f"{rows} {shapes[rows]} and {columns} {shapes[columns]} may differ only in tokens")
-    num_rows, num_columns = student.shape[1], shapes.get("student_columns", shapes["student"])[1]
-    if not 0 <= first_row <= num_columns - num_rows:
-        raise ValueError(f"first_row {first_row} with {num_rows} rows is outside the {num_columns} columns")

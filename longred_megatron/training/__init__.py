@@ -1,0 +1,1 @@
+"""A run: micro-batches, steps, optimizer, metrics, and what keeps it alive."""
