@@ -94,13 +94,14 @@ def convert_marked(values: Any, annotation: Any, mark: Mark, convert: Callable[[
     if origin is Annotated:
         return convert_marked(values, arguments[0], mark, convert)
     if origin in (Union, UnionType):
-        for each in arguments:
-            values = convert_marked(values, each, mark, convert)
-    elif origin is dict and isinstance(values, dict):
+        converted = (convert_marked(values, each, mark, convert) for each in arguments)
+        return next((new for new in converted if new != values), values)  # a value is one of them: converted once
+    if origin is dict and isinstance(values, dict):
         keys = {key: convert_marked(key, arguments[0], mark, convert) for key in values}
         return {keys[key]: convert_marked(v, arguments[1], mark, convert) for key, v in values.items()}
-    elif origin is tuple and isinstance(values, list):
-        return [convert_marked(value, arguments[0], mark, convert) for value in values]
+    if origin is tuple and isinstance(values, list):
+        each_type = arguments[:1] * len(values) if arguments[1:] == (...,) else (*arguments, *[None] * len(values))
+        return [convert_marked(v, of, mark, convert) for v, of in zip(values, each_type, strict=False)]
     return values
 
 

@@ -2,8 +2,8 @@
 
     make chaos
 
-Two ranks; each kill -9 hits one of them or both, while they load, train or save. The final weights and metrics have to
-be the same bits.
+Every kind of objective is trained on two ranks; each kill -9 hits one of them or both, while they load, train or save.
+The final weights and metrics have to be the same bits.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 
 from longred_megatron.parallel.local_ranks import training_command
-from tests.training.workspace import make_workspace, read_metrics, without_times
+from tests.objectives.examples import all_kinds
+from tests.training.workspace import make_workspace, read_metrics, without_times, write_recipe
 
 RANKS = 2
 
@@ -69,7 +70,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = Path(temporary)
         training = {"steps": arguments.steps, "checkpoint_every_steps": 3, "hang_minutes": 1.0}
-        recipe = make_workspace(folder, precision={"params": "bf16"}, training=training)
+        make_workspace(folder, precision={"params": "bf16"}, training=training)
+        recipe = write_recipe(folder, objectives=all_kinds(4))
         subprocess.run(command(recipe, folder / "calm"), check=True, stdout=subprocess.DEVNULL)
         for number in range(1, arguments.kills + 1):
             what = kill_once(recipe, folder / "killed", rng)

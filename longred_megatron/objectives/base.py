@@ -74,7 +74,8 @@ class Needs:
 class Site:
     """What an objective may know of the run it is in; never the whole recipe.
 
-    student: as released, with its own window and RoPE. teacher: the objective's. Windows are in tokens.
+    student: as released, with its own window and RoPE. teacher: the objective's; where the student is its own, that.
+    Windows are in tokens.
     """
 
     student: Architecture
@@ -192,6 +193,15 @@ class Objective(Settings):
         # Kept for `_cut_problems`, which knows parallel.context.
         return new | {"context_parallel": values["context_parallel"]} if new is not values else values
 
+    @staticmethod
+    def in_new_names(changes: Any) -> Any:
+        """What a phase changes in an objective, which may be written with old names, over one with the new ones."""
+        if not isinstance(changes, dict) or "context_parallel" not in changes or "whole_sequences" in changes:
+            return changes
+        ranks, rest = changes["context_parallel"], {k: v for k, v in changes.items() if k != "context_parallel"}
+        fits = ranks is None or (type(ranks) is int and ranks > 0)
+        return rest | {"whole_sequences": ranks == 1} if fits else changes  # null: false again
+
     # What a kind states.
 
     def needs(self, site: Site) -> Needs:
@@ -281,14 +291,14 @@ class Objective(Settings):
 
     def _layer_problems(self, where: str, needs: Needs, site: Site) -> Iterator[str]:
         """Whether student and teacher have the layers that are needed, and both values lie on one pipeline stage."""
-        named: dict[int, str] = {}  # their keys have been checked
+        told: set[int] = set()  # by the keys that name them
         for key in marked_fields(type(self), Mark.LAYERS):
             layers = getattr(self, key) or ()
-            named |= dict.fromkeys(layers, key)
+            told |= {layer for layer in layers if not 1 <= layer <= site.student.num_layers}
             yield from layer_problems(f"{where}.{key}", layers, site.student)
         sides = (("model.hf", site.student, list(needs.pairs)), ("its teacher", site.teacher, [*needs.pairs.values()]))
         for whose, model, taps in sides:
-            outside = sorted({tap.layer for tap in taps if not 1 <= tap.layer <= model.num_layers} - named.keys())
+            outside = sorted({tap.layer for tap in taps if not 1 <= tap.layer <= model.num_layers} - told)
             if outside:
                 yield f"`{where}` needs the layers {listed(outside)} of {whose}, which has 1 to {model.num_layers}"
         ours, theirs = (

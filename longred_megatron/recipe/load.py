@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from longred_megatron.errors import UserError
+from longred_megatron.objectives.base import Objective
 from longred_megatron.recipe import problems, recipe_yaml
 from longred_megatron.recipe.schema import Recipe
 from longred_megatron.settings import Mark, convert_marked, marked_keys
@@ -112,15 +114,24 @@ def _read_overrides(overrides: Sequence[str], found: list[str]) -> dict[str, Any
 
 
 def _spelled_out(change: Any, where: str, found: list[str]) -> Any:
-    """A phase's changes with `steps`, which is short for `training.steps`, in its place."""
-    if not isinstance(change, dict) or "steps" not in change:
+    """A phase's changes with `steps`, which is short for `training.steps`, in its place, and in new names."""
+    if not isinstance(change, dict):
         return change
-    rest = {key: value for key, value in change.items() if key != "steps"}
+    rest = _in_new_names({key: value for key, value in change.items() if key != "steps"})
+    if "steps" not in change:
+        return rest
     training = rest.get("training", {})
     if not isinstance(training, dict) or "steps" in training:
         found.append(f"`{where}.steps` is short for `{where}.training.steps`: give one of them")
         return rest
     return rest | {"training": training | {"steps": change["steps"]}}
+
+
+def _in_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    objectives = values.get("objectives")
+    if not isinstance(objectives, dict):
+        return values
+    return {**values, "objectives": {name: Objective.in_new_names(own) for name, own in objectives.items()}}
 
 
 def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: list[str]) -> dict[str, Any]:
@@ -144,8 +155,14 @@ def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: l
 def _phase_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each phase, beside what it shares with the recipe."""
     phases, found = values.get("phases"), []
+    if not isinstance(phases, list):
+        return []
     recipe = {**values, "phases": None}
-    for i, change in enumerate(phases if isinstance(phases, list) else ()):
+    try:  # as `phases_of` has it
+        recipe = Recipe.model_validate(recipe).model_dump(mode="json")
+    except ValidationError:
+        recipe = _in_new_names(recipe)
+    for i, change in enumerate(phases):
         if not isinstance(change, dict):
             continue  # the schema's to complain about
         found += [

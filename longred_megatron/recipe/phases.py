@@ -1,7 +1,7 @@
 """The phases of a run: what each trains, with which models."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,10 +26,11 @@ class Phase:
     @cached_property
     def sites(self) -> dict[str, Site]:
         """What each objective may know."""
-        return {
-            name: _site(self.recipe, self.source, self.teachers.get(self.recipe.teacher_of(name).hf, self.source))
-            for name in self.recipe.objectives
-        }
+        alone, sites = _site(self.recipe, self.source, self.source), {}
+        for name, settings in self.recipe.objectives.items():
+            others = {} if settings.needs(alone).teacher_is_student else self.teachers
+            sites[name] = replace(alone, teacher=others.get(self.recipe.teacher_of(name).hf, self.source))
+        return sites
 
     @property
     def rope_source(self) -> RopeSource:

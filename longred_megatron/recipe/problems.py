@@ -123,7 +123,7 @@ def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str
             continue
         if len(sections) > 1:
             here = next(each for each in sections if any(part in tags(each, name) for name in each.model_fields))
-        elif isinstance(part, int):
+        elif isinstance(part, int) and value_type(here) is None:  # a place in a list, and no key
             shown[-1] += f"[{part}]"
             here = None
         else:

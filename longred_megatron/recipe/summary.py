@@ -149,7 +149,7 @@ def _loss_line(phase: Phase) -> Block:
     terms, total = [], phase.recipe.num_microbatches
     for name, settings in phase.recipe.objectives.items():
         layers = {tap.layer for tap in phase.needs[name].pairs}
-        of = f" (sum of {len(layers)} layers)" if len(layers) > 1 else ""
+        of = f" ({len(layers)} layers)" if len(layers) > 1 else ""
         terms.append(f"{settings.weight * settings.microbatches / total:.4g} {name}{of}")
     return Block("step loss", " + ".join(terms) + f"   (weight x micro-batches / {total})")
 
@@ -186,9 +186,9 @@ def _memory_lines(phase: Phase, world_size: int) -> Block:
 def _skipped_line(phase: Phase) -> Block:
     """What no loss uses, and so is not computed."""
     needs, skipped = phase.needs, []
-    if not any(each.teacher for each in needs.values()):
+    if not phase.teachers:
         skipped.append("the teacher (no objective compares with it)")
-    elif without := [name for name, each in needs.items() if not each.teacher]:
+    elif without := [name for name in needs if phase.teacher_of(name) is None]:
         skipped.append(f"the teacher on {', '.join(without)}")
     for hf, teacher in phase.teachers.items():
         whose = "the teacher's" if len(phase.teachers) == 1 else f"teacher {hf}'s"

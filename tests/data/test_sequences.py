@@ -1,13 +1,19 @@
 import json
 import random
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from longred_megatron.data.sequences import IndexedDocuments, IndexedSequences, SequenceSource, check_tokens
+from longred_megatron.data.sequences import (
+    DocumentSequences,
+    IndexedDocuments,
+    IndexedSequences,
+    SequenceSource,
+    check_tokens,
+)
 from longred_megatron.errors import UserError
 
 SEQUENCE_LENGTH = 16
@@ -72,6 +78,45 @@ def test_documents_of_several_sequences_and_empty_ones(tmp_path):
     sequences = IndexedSequences(prefix, 7, (0,))
     series = chained([sequences[number].tolist() for number in range(7)])
     assert series in ([*range(50)], [*range(20, 50), *range(20)])
+
+
+def documents_in(tokens):
+    """The lengths of the documents that a sample of numbered documents is made of, read off its tokens."""
+    of_token = np.searchsorted(np.cumsum(DOCUMENT_LENGTHS), tokens, side="right")
+    return tuple(len(list(same)) for _, same in groupby(of_token.tolist()))
+
+
+@pytest.mark.parametrize("length", [1, 7, SEQUENCE_LENGTH, 100, sum(DOCUMENT_LENGTHS) - 1])
+def test_document_lengths_are_those_of_the_tokens_in_every_epoch(prefix, length):
+    sequences, plain = DocumentSequences(prefix, length, (7,)), IndexedSequences(prefix, length, (7,))
+    assert sequences.prefix == prefix and sequences.padding_fraction() is None
+    for number in range(3 * plain.pieces_per_epoch + 1):
+        tokens, lengths = sequences[number]
+        assert np.array_equal(tokens, plain[number])
+        assert sum(lengths) == length + 1 and min(lengths) >= 1
+        assert lengths == documents_in(tokens)
+
+
+def test_a_document_that_ends_with_the_sequence(tmp_path, write_indexed):
+    """After s tokens, or with the one more that is only a next token."""
+    prefix = write_indexed(tmp_path / "eights", numbered_documents([8] * 6))
+    eights, sevens = DocumentSequences(prefix, 8, (3,)), DocumentSequences(prefix, 7, (3,))
+    assert [eights[number][1] for number in range(10)] == [(8, 1)] * 10  # two epochs
+    # Pieces start at the tokens 0, 7, 14, ... of the epoch.
+    assert {sevens[number][1] for number in range(6)} == {(8,), (1, 7), (2, 6), (3, 5), (4, 4), (5, 3)}
+    single = write_indexed(tmp_path / "ones", numbered_documents([1] * 30))
+    assert DocumentSequences(single, 8, (0,))[2][1] == (1,) * 9
+
+
+def test_document_lengths_know_documents_of_several_sequences_and_no_empty_ones(tmp_path):
+    prefix = str(tmp_path / "parts")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    builder.add_document(np.arange(0, 20), [5, 15])
+    builder.add_document(np.arange(0), [])
+    builder.add_document(np.arange(20, 50), [10, 10, 10])
+    builder.finalize(f"{prefix}.idx")
+    sequences = DocumentSequences(prefix, 49, (0,))
+    assert {sequences[number][1] for number in range(12)} == {(20, 30), (30, 20)}
 
 
 def test_samples_do_not_depend_on_access_order(tmp_path, prefix, write_indexed):

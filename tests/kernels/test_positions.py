@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longred_megatron.kernels.positions import cream, draw, draw_stretch, natural, uniform
+from longred_megatron.kernels.positions import cream, cyclic, draw, draw_stretch, ends, natural, skip, uniform
 
 NUM_DRAWS = 100_000
 SAMPLERS = {"uniform": uniform, "cream": cream}
@@ -188,3 +188,88 @@ def test_draw_chooses_the_sampler():
 def test_windows_without_room_are_refused(kind, length, target, message):
     with pytest.raises(ValueError, match=message):
         draw(kind, 1, length, target, seeded(0))
+
+
+# Perturbed positions (arXiv 2604.14339)
+
+
+def perturbed(variant: str, num_sequences: int, length: int, longest: int, seed: int) -> tuple[torch.Tensor, ...]:
+    if variant == "skip":
+        return skip(num_sequences, length, longest, seeded(seed))
+    return cyclic(num_sequences, length, seeded(seed))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 200), st.integers(1, 500), st.integers(1, 20), st.integers(0, 2**31))
+def test_skipped_ids_are_natural_before_s_and_y_further_from_s_on(length, longest, num_sequences, seed):
+    ids, start = skip(num_sequences, length, longest, seeded(seed))
+    assert ids.shape == (num_sequences, length) and ids.dtype == torch.int64
+    assert start.shape == (num_sequences,)
+    for row, s in zip(ids.tolist(), start.tolist(), strict=True):
+        assert 0 <= s <= length - 1
+        y = row[s] - s
+        assert 1 <= y <= longest
+        assert row == [i if i < s else i + y for i in range(length)]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(1, 20), st.integers(0, 2**31))
+def test_cyclic_ids_are_shifted_modulo_the_length(length, num_sequences, seed):
+    ids, start = cyclic(num_sequences, length, seeded(seed))
+    assert ids.shape == (num_sequences, length) and ids.dtype == torch.int64
+    assert start.shape == (num_sequences,)
+    for row, s in zip(ids.tolist(), start.tolist(), strict=True):
+        u = row[0]
+        assert 1 <= u <= length - 1  # 0 would change nothing
+        assert row == [(i + u) % length for i in range(length)]
+        assert row[s] == 0
+
+
+@pytest.mark.parametrize("variant", ["skip", "cyclic"])
+@pytest.mark.parametrize("length", [2, 3, 16, 65])
+def test_the_start_is_the_first_token_that_sees_changed_distances(variant, length):
+    """Distances of every pair of a token and one before it, against natural ones."""
+    ids, start = perturbed(variant, 300, length, 7, seed=length)
+    distances = ids[:, :, None] - ids[:, None, :]
+    places = torch.arange(length)
+    before = places[:, None] > places[None, :]
+    changed = ((distances != places[:, None] - places[None, :]) & before).any(2)  # [sequences, tokens]
+    for row, s in zip(changed.tolist(), start.tolist(), strict=True):
+        # A jump at the first token moves them all together: the paper draws s = 0, and nothing changes.
+        assert row == [i >= s > 0 for i in range(length)]
+    assert (start == 0).any() == (variant == "skip")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("length", "longest"), [(40, 40), (40, 7), (16, 100)])
+def test_the_skips_place_and_length_are_uniform_with_both_ends(length, longest, seed):
+    ids, start = skip(NUM_DRAWS, length, longest, seeded(seed))
+    distance = ids[:, -1] - (length - 1)
+    assert_uniform(start, 0, length - 1)
+    assert_uniform(distance, 1, longest)
+    assert_uniform(start * longest + distance, 1, length * longest)  # and independent of each other
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("length", [3, 64, 255])
+def test_cyclic_shifts_are_uniform_with_both_ends(length, seed):
+    ids, start = cyclic(NUM_DRAWS, length, seeded(seed))
+    assert_uniform(ids[:, 0], 1, length - 1)
+    assert torch.equal(start, length - ids[:, 0])
+
+
+@pytest.mark.parametrize("variant", ["skip", "cyclic"])
+def test_perturbations_are_drawn_for_each_sequence_by_the_generator_alone(variant):
+    before = torch.get_rng_state()
+    first = perturbed(variant, 8, 64, 64, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    for again, mine in zip(perturbed(variant, 8, 64, 64, seed=7), first, strict=True):
+        assert torch.equal(again, mine)
+    assert not torch.equal(perturbed(variant, 8, 64, 64, seed=8)[0], first[0])
+    assert len(set(first[1].tolist())) > 1
+
+
+def test_ends_are_the_places_of_last_tokens():
+    assert ends([3, 1, 4]) == [2, 3, 7]
+    assert ends([5]) == [4] and ends([]) == []

@@ -54,7 +54,7 @@ def test_layouts_without_problem(check: Check, layout: str, world_size: int) -> 
     assert check(f"parallel={layout}", world_size=world_size) == []
 
 
-PACKED = "objectives.packed_distillation"
+PACKED, PERTURBED = "objectives.packed_distillation", "objectives.perturbed_positions"
 ALONE = ("objectives.short_to_long=null", "data.window=null")
 
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
@@ -306,6 +306,21 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "`objectives.packed_distillation.temperature` is 2.0: has no effect, since cross_entropy is 1",
     ),
+    "longest skip of ids that go round": (
+        (f"{PERTURBED}={{microbatches: 8, sequence_length: 8192, data: short, variant: cyclic, longest_skip: 64}}",),
+        {},
+        "`objectives.perturbed_positions.longest_skip` is 64: has no effect with variant cyclic; leave it out",
+    ),
+    "nothing to perturb": (
+        (f"{PERTURBED}={{microbatches: 8, sequence_length: 1, data: short}}",),
+        {},
+        "`objectives.perturbed_positions.sequence_length` is 1: a text needs at least 2 tokens to be perturbed",
+    ),
+    "masked texts in FP8": (
+        ("objectives.long_text.mask_documents=true", "precision={fp8: hybrid, fp8_attention: true}"),
+        {"gpu": True},
+        "`objectives.long_text.mask_documents` is true: Transformer Engine's FP8 attention",
+    ),
     "masked documents in FP8": (
         (
             f"{PACKED}={{microbatches: 8, sequence_length: 8192, data: short, mask_documents: true}}",
@@ -346,7 +361,7 @@ BOTH = ("short_to_long", "short_restoration")
     [
         ({"hidden_size": 2048}, BOTH, "hidden states", "hidden_size 2048, model.hf 4096"),
         ({"vocab_size": 32000}, BOTH, "token ids", "vocab_size 32000, model.hf 128256"),
-        ({"num_layers": 16}, BOTH[1:], "layers", "num_layers 16, model.hf 32"),
+        ({"num_layers": 48}, BOTH[1:], "layers", "num_layers 48, model.hf 32"),
     ],
 )
 def test_teacher_of_another_shape(
@@ -360,6 +375,27 @@ def test_teacher_of_another_shape(
     assert check("teacher.hf=/t", teacher=replace(architecture, **change)) == [
         f"`objectives.{name}` compares {compared} one to one: its teacher has {sizes}; choose a teacher of that size"
         for name in objectives
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "compared"),
+    [
+        ({"num_attention_heads": 16}, "heads"),
+        ({"num_kv_heads": 4}, "key/value heads"),
+        ({"num_layers": 48}, "layers"),
+        ({"vocab_size": 32000}, "token ids"),
+    ],
+)
+def test_a_teacher_of_relations_has_as_many_of_each(
+    check: Check, architecture: Architecture, change: dict[str, int], compared: str
+) -> None:
+    mine = "{kind: relations, microbatches: 8, sequence_length: 1024, data: short, layers: [2], teacher: {hf: /t}}"
+    [(attribute, number)] = change.items()
+    assert check(f"objectives.mine={mine}", teacher=replace(architecture, hidden_size=2048)) == []
+    assert check(f"objectives.mine={mine}", teacher=replace(architecture, **change)) == [
+        f"`objectives.mine` compares {compared} one to one: its teacher has {attribute} {number}, model.hf "
+        f"{getattr(architecture, attribute)}; choose a teacher of that size"
     ]
 
 
@@ -385,6 +421,10 @@ def test_a_teacher_of_another_depth_is_split_by_its_own(check: Check, architectu
             "{kind: packed_distillation, microbatches: 8, sequence_length: 1024, data: short, cross_entropy: 1, "
             "teacher: {hf: /own}}",
             "`objectives.mine.teacher` has no effect: it compares with none; remove it",
+        ),
+        (
+            "{kind: perturbed_positions, microbatches: 8, sequence_length: 1024, data: short, teacher: {hf: /own}}",
+            "`objectives.mine.teacher` has no effect: the student is its own; remove it",
         ),
     ],
 )
@@ -517,6 +557,10 @@ def test_layers_that_a_key_names_are_told_once(compare: Callable[..., list[str]]
         "`objectives.mine.layers` is [33, 2]: is not in ascending order; write [2]",
     ]
     assert compare({33: 33, 34: 2}, kind=Named)[-1].startswith("`objectives.mine` needs the layers 34 of model.hf")
+    # Layers that the student has and the teacher has not are no problem of the key.
+    assert compare({20: 20, 2: 2}, depth=16, kind=Named, layers=(2, 20)) == [
+        "`objectives.mine` needs the layers 20 of its teacher, which has 1 to 16"
+    ]
 
 
 def test_a_student_that_is_its_own_teacher_has_no_other(compare: Callable[..., list[str]]) -> None:

@@ -272,7 +272,14 @@ def test_a_phase_may_change_a_kind(write: Write, values: dict[str, Any]) -> None
     assert "code" not in first.objectives and second.objectives["code"].kind == "long_text"
 
 
-@pytest.mark.parametrize("name", ["long/text", "long.text", "long text", ""])
+def test_a_number_is_no_name(write: Write, values: dict[str, Any]) -> None:
+    values["objectives"][3] = MINE
+    key, kind = problems_of(write(values))
+    assert key == "`objectives.3`: key 3 is not a text; put it in quotes"
+    assert kind.startswith("`objectives.3.kind` is missing: add one of 'next_token', ")
+
+
+@pytest.mark.parametrize("name", ["long/text", "long.text", "long text", "long_text\n", "längst", ""])
 def test_names_that_are_no_part_of_a_metric(write: Write, values: dict[str, Any], name: str) -> None:
     values["objectives"][name] = MINE | {"kind": "next_token"}
     (problem,) = problems_of(write(values))
@@ -479,10 +486,20 @@ def test_rope_messages(write: Write, values: dict[str, Any], rope: Any, expected
     assert problem.startswith(expected)
 
 
-def test_no_objective(write: Write, values: dict[str, Any]) -> None:
-    values["objectives"] = dict.fromkeys(values["objectives"])
-    (problem,) = problems_of(write(values))
+@pytest.mark.parametrize("objectives", [{}, {"long_text": None}, {"long_text": None, "mine": None}])
+def test_no_objective(write: Write, values: dict[str, Any], objectives: dict[str, Any]) -> None:
+    (problem,) = problems_of(write({**values, "objectives": objectives}))
     assert problem.startswith("`objectives` needs at least one objective; add one of next_token, long_text,")
+    assert problem == problems_of(write({**values, "objectives": dict.fromkeys(values["objectives"])}))[0]
+
+
+def test_a_child_without_objectives_of_its_own_has_its_bases(write: Write, values: dict[str, Any]) -> None:
+    base = load_recipe(write(values, "a.yaml"))
+    assert load_recipe(write({"base": "a.yaml", "objectives": {}}, "b.yaml")).objectives == base.objectives
+    fewer = load_recipe(write({"base": "a.yaml", "objectives": {"long_text": None, "not_there": None}}, "c.yaml"))
+    assert list(fewer.objectives) == ["short_to_long", "short_restoration"]
+    (problem,) = problems_of(write({"base": "a.yaml", "objectives": dict.fromkeys(values["objectives"])}, "d.yaml"))
+    assert problem.startswith("`objectives` needs at least one objective")
 
 
 def test_null_section_that_has_a_default(write: Write, values: dict[str, Any]) -> None:

@@ -261,6 +261,41 @@ def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], confi
     assert "phase" not in phases_summary([whole], 1)
 
 
+@pytest.mark.parametrize(
+    ("of_recipe", "of_phase", "whole"),
+    [
+        ({}, {"context_parallel": 1}, True),
+        ({"context_parallel": 1}, {}, True),
+        ({"context_parallel": 1}, {"context_parallel": None}, False),
+        ({"context_parallel": 1}, {"context_parallel": 2}, False),
+        ({"context_parallel": 1}, {"whole_sequences": False}, False),
+        ({"context_parallel": 2}, {"whole_sequences": True}, True),
+        ({"whole_sequences": True}, {"context_parallel": None}, False),
+        ({"whole_sequences": False}, {"context_parallel": 1}, True),
+    ],
+)
+def test_a_phase_may_use_the_old_name_of_whole_sequences(
+    write: Write, values: dict[str, Any], of_recipe: dict[str, Any], of_phase: dict[str, Any], whole: bool
+) -> None:
+    values["objectives"]["long_text"] |= of_recipe
+    values["phases"] = [{}, {"objectives": {"long_text": of_phase}}]
+    recipe = load_recipe(write(values))
+    for each in (recipe, load_recipe(write(dump_recipe(recipe), "dumped.yaml"))):
+        first, second = phases_of(each)
+        assert first.objectives["long_text"].whole_sequences is recipe.objectives["long_text"].whole_sequences
+        assert second.objectives["long_text"].whole_sequences is whole
+
+
+def test_bad_values_under_the_old_name_in_a_phase(problems: Callable[..., list[str]]) -> None:
+    both = {"context_parallel": 1, "whole_sequences": True}
+    [problem] = problems([{"objectives": {"long_text": both}}])
+    assert problem.startswith("`phases[0].objectives.long_text` has context_parallel and whole_sequences")
+    for wrong in (0, True, "1"):
+        found = problems([{}, {"objectives": {"long_text": {"context_parallel": wrong}}}])
+        assert found and all("`phases[1].objectives.long_text" in each for each in found), found
+        assert "context_parallel" in found[0]
+
+
 def test_steps_is_short_for_training_steps(read: Callable[..., Recipe], problems: Callable[..., list[str]]) -> None:
     recipe = read([{"steps": 3}, {"steps": 4, "training": {"recompute": "none"}}], "phases.1.steps=5")
     assert [phase.training.steps for phase in phases_of(recipe)] == [3, 5]

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from longred_megatron.families import Architecture
-from longred_megatron.recipe import load_recipe, phases_summary
+from longred_megatron.kernels.relation_divergence import BLOCK_BYTES
+from longred_megatron.recipe import Phase, load_recipe, phases_summary
 from longred_megatron.recipe.summary import GIB, Memory, _stages, expected_memory
+from longred_megatron.training.flops import step_flops
 from tests.recipe.conftest import phase_of
 
 Write = Callable[..., Path]
@@ -40,7 +42,7 @@ def test_arithmetic_of_the_published_step(summarise: Callable[..., str]) -> None
     assert "16 a step = 8 on each of 2 replicas; 131,072 tokens each, 65,536 on a rank" in lines["micro-batches"]
     assert lines["tokens a step"].endswith(" 2,097,152")
     assert "1,073,741,824 = 512 steps x 2,097,152" in lines["tokens in all"]
-    assert "0.5 long_text + 1.25 short_to_long + 1.875 short_restoration (sum of 3 layers)" in lines["step loss"]
+    assert "0.5 long_text + 1.25 short_to_long + 1.875 short_restoration (3 layers)" in lines["step loss"]
     assert lines["parameters"].endswith(" 8,030,261,248")
     assert "8,192 -> 32,768 tokens, rope abf, theta 2e+07" in lines["window"]
     assert "1,048,576 (50.0%): 32 x 32,768" in text
@@ -125,6 +127,95 @@ def test_memory_of_logit_distillation(memory: Callable[..., Memory], architectur
     assert one.loss == 768 * 2**20
     baseline = memory(*alone, "objectives.packed_distillation.cross_entropy=1")
     assert (baseline.teacher, baseline.loss) == (0, 1024 * 128256 * 8)
+
+
+SHORT = "microbatches: 4, sequence_length: 1024, data: short"
+
+
+@pytest.fixture
+def two_teachers(write: Write, values: dict[str, Any], architecture: Architecture) -> Phase:
+    """short_to_long compares with /large, of 40 layers of the same size; short_restoration with model.hf."""
+    own = ("objectives.short_to_long.teacher.hf=/large", "objectives.short_restoration.layers=[1, 9]")
+    recipe = load_recipe(write(values), own)
+    return phase_of(recipe, architecture, replace(architecture, num_layers=40))
+
+
+def test_what_is_skipped_of_two_teachers(two_teachers: Phase) -> None:
+    model = two_teachers.recipe.model.hf
+    assert phases_summary([two_teachers], 1).partition("not computed")[2].strip() == (
+        f"the teacher on long_text; teacher /large's head; teacher {model}'s layers 10 to 32; teacher {model}'s head; "
+        "the model's head on short_to_long, short_restoration"
+    )
+
+
+def test_two_teachers_are_both_in_memory(two_teachers: Phase, architecture: Architecture) -> None:
+    found = expected_memory(two_teachers, 1)
+    layer, embedding = architecture.layer_parameters(), architecture.vocab_size * architecture.hidden_size
+    assert found.teacher == 2 * ((40 * layer + embedding) + (9 * layer + embedding))
+    # 2 micro-batches x the last layer of one, 6 x 2 layers of the other
+    assert found.teacher_targets == (2 + 6 * 2) * 65536 * 4096 * 2
+    assert f"{found.teacher / GIB:.2f} GiB (forward only" in phases_summary([two_teachers], 1)
+
+
+def test_targets_lie_where_each_teacher_has_its_layers(
+    write: Write, values: dict[str, Any], architecture: Architecture
+) -> None:
+    """The last layer of 40 is on the second of two stages, as that of 32 is; layers 1 and 9 are on the first."""
+    own = ("objectives.short_to_long.teacher.hf=/large", "parallel.pipeline=2")
+    phase = phase_of(load_recipe(write(values), own), architecture, replace(architecture, num_layers=40))
+    assert expected_memory(phase, 2).teacher_targets == max(6 * 2, 6 + 2) * 65536 * 4096 * 2
+    # 20 layers of one and 16 of the other, each stage with a table
+    layer, embedding = architecture.layer_parameters(), architecture.vocab_size * architecture.hidden_size
+    assert expected_memory(phase, 2).teacher == 2 * ((20 + 16) * layer + 2 * embedding)
+
+
+PERTURBED = f"objectives.perturbed_positions={{{SHORT}}}"
+
+
+def test_a_student_that_is_its_own_teacher(
+    write: Write, values: dict[str, Any], architecture: Architecture, summarise: Callable[..., str]
+) -> None:
+    alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null")
+    assert summarise(*alone, PERTURBED).endswith("not computed           the teacher (no objective compares with it)")
+    beside = summarise(PERTURBED, "objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 9]")
+    assert beside.endswith(
+        "the teacher on long_text, perturbed_positions; the teacher's layers 10 to 32; the teacher's head; the model's "
+        "head on short_restoration"
+    )
+    # No second model, whatever that of others is: its values are those of the student's last layer.
+    packed = f"objectives.packed_distillation={{{SHORT}, teacher: {{hf: /wide}}}}"
+    wide = replace(architecture, num_layers=40, hidden_size=8192)
+    own = phase_of(load_recipe(write(values), [*alone, PERTURBED]), architecture)
+    assert expected_memory(own, 1).teacher == 0
+    assert expected_memory(own, 1).teacher_targets == 4 * 65536 * 4096 * 2
+    assert expected_memory(own, 1).loss == 768 * 2**20
+    for teacher in ([packed], [packed.replace(", teacher: {hf: /wide}", ""), "teacher.hf=/wide"]):
+        phase = phase_of(load_recipe(write(values), [*alone, PERTURBED, *teacher]), architecture, wide)
+        assert expected_memory(phase, 1).teacher_targets == 4 * 65536 * (4096 + 8192) * 2
+        assert phase.sites["perturbed_positions"].teacher == architecture
+        passes = ((3, architecture, 32), (1, wide, 40))  # of the packed texts: forward and backward, the teacher's
+        packs = sum(times * model.forward_flops_per_token(depth, 1024, True) for times, model, depth in passes)
+        assert step_flops(phase) - step_flops(own) == pytest.approx(4 * 65536 * packs)
+
+
+def test_relations_keep_queries_keys_and_values(summarise: Callable[..., str], memory: Callable[..., Memory]) -> None:
+    alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null")
+    relations = f"objectives.mine={{kind: relations, {SHORT}, layers: [1, 5, 17], weight: 0.5}}"
+    text = summarise(*alone, relations)
+    assert "0.5 mine (3 layers)   (weight x micro-batches / 4)" in text
+    assert text.endswith("the teacher's layers 18 to 32; the teacher's head; the model's head on mine")
+    one = memory(*alone, relations)
+    # 3 layers x (32 heads of queries, 8 of keys, 8 of values) of 128 dims
+    assert one.teacher_targets == 4 * 3 * 65536 * (32 + 8 + 8) * 128 * 2
+    assert one.loss == 3 * BLOCK_BYTES
+    tensor = memory(*alone, relations, "parallel={tensor: 2, context: 2}", world_size=4)
+    assert tensor.teacher_targets == one.teacher_targets / 4
+
+
+def test_attention_outputs_are_as_wide_as_hidden_states(memory: Callable[..., Memory]) -> None:
+    sequence = ("parallel={tensor: 2, sequence: true}", "objectives.short_restoration.states=attention_output")
+    assert memory(*sequence[1:]).teacher_targets == memory().teacher_targets
+    assert memory(*sequence, world_size=2).teacher_targets == memory().teacher_targets / 2
 
 
 def test_memory_without_recompute_is_more(memory: Callable[..., Memory]) -> None:

@@ -207,6 +207,68 @@ def test_padding_has_no_label(make_recipe):
     assert found > 3
 
 
+def masked_batches(make_recipe, length: int, steps: int = 12) -> list[MicroBatch]:
+    """Micro-batches of next_token in which texts do not see each other, over several epochs of the data."""
+    settings = f"{{kind: next_token, microbatches: 2, sequence_length: {length}, data: mixed, mask_documents: true}}"
+    source = source_of(make_recipe(f"objectives.masked={settings}"))
+    return [batch for step in range(1, steps + 1) for batch in by_objective(source.step(step, 0, 1), "masked")]
+
+
+def document_of(tokens: torch.Tensor) -> torch.Tensor:
+    """The number of each token's document: 0 ... 2029 in documents of 70, and 5000 ... 5599 in documents of 30."""
+    return torch.where(tokens < 5000, tokens // 70, 5000 + (tokens - 5000) // 30)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 64, 128])
+def test_no_label_asks_for_a_token_of_another_document(make_recipe, length):
+    ends = Counter()  # of documents: within a sequence, with it, and past it
+    for batch in masked_batches(make_recipe, length):
+        assert batch.num_valid_tokens == max(1, int((batch.labels != NO_LABEL).sum()))
+        for tokens, labels, lengths in zip(batch.tokens, batch.labels, batch.documents, strict=True):
+            assert sum(lengths) == length and min(lengths) >= 1
+            numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            mine = document_of(tokens)
+            assert torch.equal(mine.diff() != 0, numbers.diff() != 0)
+            # Tokens of a document count up: the next one of the same document is one more, in the labels as well.
+            is_last = document_of(tokens + 1) != mine
+            assert torch.equal(labels == NO_LABEL, is_last)
+            assert torch.equal(labels[~is_last], tokens[~is_last] + 1)
+            ends += Counter(within=int(is_last[:-1].sum()), past=int(not is_last[-1]), at=int(is_last[-1]))
+    assert ends["past"] and (ends["within"] or length <= 2) and (ends["at"] or length > 16)
+
+
+def test_a_document_as_long_as_the_sequence_asks_for_none_of_the_next(make_recipe, tmp_path, write_indexed):
+    for name, first in (("a", 0), ("b", 5000)):
+        write_indexed(tmp_path / name, [list(range(start, start + 16)) for start in range(first, first + 320, 16)])
+    for batch in masked_batches(make_recipe, 16):
+        assert [list(lengths) for lengths in batch.documents] == [[16]] * 8
+        assert (batch.labels[:, -1] == NO_LABEL).all() and torch.equal(batch.labels[:, :-1], batch.tokens[:, 1:])
+        assert batch.num_valid_tokens == 8 * 15
+
+
+def test_a_sequence_without_a_label_still_counts_one_token(make_recipe, tmp_path, write_indexed):
+    """All its texts have one token: nothing is averaged over nothing."""
+    write_indexed(tmp_path / "b", [[token] for token in range(5000, 5200)])
+    write_indexed(tmp_path / "a", [[token] for token in range(200)])
+    for batch in masked_batches(make_recipe, 64, 2):
+        assert (batch.labels == NO_LABEL).all() and batch.num_valid_tokens == 1
+        assert all(lengths == [1] * 64 for lengths in map(list, batch.documents))
+
+
+def test_masked_texts_are_those_of_an_unmasked_sequence(make_recipe):
+    masked = masked_batches(make_recipe, 64, 3)
+    plain = source_of(
+        make_recipe("objectives.masked={kind: next_token, microbatches: 2, sequence_length: 64, data: mixed}")
+    )
+    seen = [batch for step in (1, 2, 3) for batch in by_objective(plain.step(step, 0, 1), "masked")]
+    for left, right in zip(masked, seen, strict=True):
+        assert torch.equal(left.tokens, right.tokens) and right.documents is None
+        assert torch.equal(left.student_positions, right.student_positions)  # they run on through the sequence
+        asked = left.labels != NO_LABEL
+        assert torch.equal(left.labels[asked], right.labels[asked])
+        assert left.num_valid_tokens < right.num_valid_tokens == 128
+
+
 def test_documents_that_see_each_other_are_not_told_apart(make_recipe):
     assert all(batch.documents is None for batch in packed_batches(make_recipe))
 
