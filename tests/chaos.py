@@ -2,8 +2,8 @@
 
     make chaos
 
-Every kind of objective is trained on two ranks; each kill -9 hits one of them or both, while they load, train or save.
-The final weights and metrics have to be the same bits.
+The run trains every kind of objective on two ranks; each kill -9 hits one of them or both, while they load, train or
+save. The final weights and metrics have to be the same bits.
 """
 
 import argparse

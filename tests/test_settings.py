@@ -48,7 +48,7 @@ AnyOf = Annotated[One | Other, Field(discriminator="kind")]
 
 class Whole(Settings):
     inner: Inner = Inner()
-    marked: Annotated[Inner, Mark.PHASE] = Inner()
+    marked: Annotated[Inner, Mark.PHASE, Mark.FREE] = Inner()
     either: Annotated[One | Inner | None, Field(description="x")] = None
     mine: dict[str, AnyOf] = Field(default_factory=dict)
     blends: Annotated[dict[str, dict[Annotated[str, Field(min_length=1), Mark.PATH], float]], Mark.PHASE] = Field(
@@ -65,7 +65,7 @@ class Whole(Settings):
 
 def test_marked_fields_are_the_sections_own() -> None:
     assert marked_fields(Whole, Mark.PHASE) == ["marked", "blends", "plain"]
-    assert marked_fields(Whole, Mark.FREE) == ["files", "plain"]
+    assert marked_fields(Whole, Mark.FREE) == ["marked", "files", "plain"]
     assert marked_fields(Inner, Mark.PATH) == ["path"] == marked_fields(Inner, Mark.FREE)  # both, under a union
     assert marked_fields(Inner, Mark.TOKENS) == ["length"]
     assert marked_fields(Whole, Mark.PATH) == []  # in the paths of a tuple and in sections, but no key's own
@@ -74,8 +74,7 @@ def test_marked_fields_are_the_sections_own() -> None:
 
 def test_a_marked_section_stands_for_all_in_it() -> None:
     assert list(marked_keys(Whole, Mark.PHASE)) == ["marked", "blends", "plain"]
-    # `marked` has the key as well, but no mark of its own for it.
-    assert list(marked_keys(Whole, Mark.FREE)) == ["inner.path", "marked.path", "either.path", "files", "plain"]
+    assert list(marked_keys(Whole, Mark.FREE)) == ["inner.path", "marked", "either.path", "files", "plain"]
     assert list(marked_keys(Whole, Mark.TOKENS)) == ["inner.length", "marked.length", "either.length"]
 
 
@@ -150,6 +149,7 @@ def test_any_annotation_can_be_walked() -> None:
     assert convert("a", annotation=path) == convert("a", annotation=path | None) == "<a>"
     assert convert("a", annotation=Annotated[path, Field(description="x")] | int) == "<a>"
     assert convert({"a": ["b"]}, annotation=dict[str, tuple[path, ...]]) == {"a": ["<b>"]}
+    assert convert(["a"], annotation=int | dict[str, path] | tuple[path, ...] | tuple[path, path]) == ["<a>"]
     assert convert({"a": "b"}, annotation=dict[path, path] | None) == {"<a>": "<b>"}
     assert convert({"a": "b"}, annotation=None) == {"a": "b"} == convert({"a": "b"}, annotation=Any)
     assert convert("a", annotation=int | str) == "a" == convert("a", annotation=Literal["a"])
@@ -272,6 +272,7 @@ def test_what_is_imported_or_has_no_name_is_no_other_class(drop: Drop) -> None:
     found = drop(
         red=colour("Red", "red") + others,
         scarlet="from colours.red import Red, Shared\n" + colour("Scarlet", "scarlet", base="Shared"),
+        amber="from colours.scarlet import Scarlet\n",  # a file before the others, which has none of its own
     )
     assert names_of(found) == ["Red", "Scarlet"]
 
