@@ -8,11 +8,11 @@ import torch
 from megatron.core.extensions import transformer_engine
 from torch import Tensor
 
+from longred_megatron.layout import Parallel
 from longred_megatron.model.attention import Documents, SdpaAttention, sequence_layout, transformer_engine_attention
 from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import Parallel
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 8, 16
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from longred_megatron.layout import Parallel
 from longred_megatron.parallel.context import cut_for_context_rank, gather_sequences, pieces
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import Parallel
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -10,9 +10,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import AutoModelForCausalLM
 
 from longred_megatron.checkpoint import huggingface
-from longred_megatron.families import read_architecture
 from longred_megatron.objectives.base import Term
-from longred_megatron.recipe import load_recipe
+from longred_megatron.recipe import load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.run import PhaseRun, extended_architecture
 from tests.training.workspace import build_run, make_workspace
@@ -130,9 +129,8 @@ def test_gradients_do_not_depend_on_the_order_of_micro_batches(tmp_path: Path, g
 
 
 def test_extended_architecture_keeps_all_but_rope_and_window(tmp_path: Path) -> None:
-    recipe = load_recipe(make_workspace(tmp_path))
-    source = read_architecture(recipe.model.hf)
-    extended = extended_architecture(recipe, source)
+    [phase] = read_phases(load_recipe(make_workspace(tmp_path)))
+    source, extended = phase.source, extended_architecture(phase)
     assert extended.rope == source.rope | {"rope_theta": 1e6}
     assert extended.max_position_embeddings == 256
     assert (extended.hidden_size, extended.vocab_size) == (source.hidden_size, source.vocab_size)
