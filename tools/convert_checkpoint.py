@@ -48,12 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     # A model may be larger than one GPU. To be set before torch looks for GPUs, so the imports are here.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from transformers.utils.logging import disable_progress_bar
-
     from longred_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify_checkpoint
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers shows one for each model it loads, terminal or not
     if options.command == "hf-to-megatron":
         hf_to_megatron(options.hf, options.output)
         print(f"{options.output}: written")

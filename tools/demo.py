@@ -8,9 +8,8 @@ CPT on equally many long-text tokens, exports both and compares them with the or
 made again.
 """
 
+import argparse
 import time
-
-from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
@@ -19,7 +18,7 @@ from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 
 
 def main() -> None:
-    disable_progress_bar()  # transformers', for weights that load in no time
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.perf_counter()
     _say(1, "check that the base model converts to Megatron and back")
     if not (DEMO / "megatron").exists():

@@ -5,8 +5,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-
-from transformers.utils.logging import disable_progress_bar
+from typing import Any
 
 from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import run_cli
@@ -34,145 +33,46 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Settings()
-    models = parser.add_argument_group("models and output")
-    models.add_argument(
-        "--hf",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="Hugging Face folders; the first is the reference",
-    )
-    models.add_argument(
-        "--reference",
-        type=Path,
-        metavar="DIR",
-        help="the model the others started from, instead of the first --hf",
-    )
-    models.add_argument(
-        "--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)"
-    )
-    models.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the report")
-    _add_texts(parser, default)
-    _add_retrieval(parser, default)
-    _add_running(parser, default)
-    return parser.parse_args(arguments)
-
-
-def _add_texts(parser: argparse.ArgumentParser, default: Settings) -> None:
-    texts = parser.add_argument_group("texts and windows")
-    texts.add_argument("--text", nargs="+", type=Path, default=[], metavar="PATH", help="texts for all measurements")
-    texts.add_argument(
-        "--short-text",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="texts for the original window, instead of --text",
-    )
-    texts.add_argument(
-        "--long-text",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="texts for the extended window and as filler of retrieval prompts",
-    )
-    texts.add_argument(
-        "--text-key",
-        default=default.text_key,
-        metavar="KEY",
+    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
+    paths: dict[str, Any] = {"type": Path, "metavar": "PATH", "nargs": "+"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    add = parser.add_argument_group("models and output").add_argument
+    add("--hf", nargs="+", required=True, **folder, help="Hugging Face folders; the first is the reference")
+    add("--reference", **folder, help="the model the others started from, instead of the first --hf")
+    add("--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)")
+    add("--output", required=True, **folder, help="folder for the report")
+    add = parser.add_argument_group("texts and windows").add_argument
+    add("--text", default=[], **paths, help="texts for all measurements")
+    add("--short-text", **paths, help="texts for the original window, instead of --text")
+    add("--long-text", **paths, help="texts for the extended window and as filler of retrieval prompts")
+    add(
+        "--text-key", default=default.text_key, metavar="KEY",
         help="the text's key in .jsonl lines and its column in .parquet files (%(default)s)",
-    )
-    texts.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="extended window in tokens (default: the largest of the models)",
-    )
-    texts.add_argument(
-        "--original-window",
-        type=int,
-        metavar="N",
-        help="original window in tokens (default: the reference's)",
-    )
-    texts.add_argument(
-        "--short-windows",
-        type=int,
-        default=default.num_short_windows,
-        metavar="N",
-        help="windows of short text (%(default)s)",
-    )
-    texts.add_argument(
-        "--long-windows",
-        type=int,
-        default=default.num_long_windows,
-        metavar="N",
-        help="windows of long text (%(default)s)",
-    )
-
-
-def _add_retrieval(parser: argparse.ArgumentParser, default: Settings) -> None:
-    tasks = parser.add_argument_group("retrieval")
-    tasks.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        default=[],
-        metavar="N",
-        help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled "
-        "up to the extended one)",
-    )
-    tasks.add_argument(
-        "--depths",
-        type=int,
-        default=default.num_depths,
-        metavar="N",
-        help="depths of the key, evenly spaced (%(default)s)",
-    )
-    tasks.add_argument(
-        "--samples",
-        type=int,
-        default=default.num_samples,
-        metavar="N",
-        help="prompts for each length and depth (%(default)s)",
-    )
-    tasks.add_argument(
-        "--keys",
-        type=int,
-        default=default.num_keys,
-        metavar="N",
-        help="keys in a multi-key prompt (%(default)s)",
-    )
-
-
-def _add_running(parser: argparse.ArgumentParser, default: Settings) -> None:
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default=default.device,
-        help="default: CUDA where there is a GPU",
-    )
-    running.add_argument(
-        "--dtype",
-        choices=("auto", *TORCH_DTYPES),
-        default=default.dtype,
-        help="default: bfloat16 on CUDA, float32 on a CPU",
-    )
-    running.add_argument(
-        "--tokens-per-batch",
-        type=int,
-        metavar="N",
-        help="default: 16384 on CUDA, 2048 on a CPU (its caches are small)",
-    )
-    running.add_argument(
-        "--seed", type=int, default=default.seed, metavar="N", help="order of texts and prompts (%(default)s)"
-    )
+    )  # fmt: skip
+    add("--window", **number, help="extended window in tokens (default: the largest of the models)")
+    add("--original-window", **number, help="original window in tokens (default: the reference's)")
+    add("--short-windows", default=default.num_short_windows, **number, help="windows of short text (%(default)s)")
+    add("--long-windows", default=default.num_long_windows, **number, help="windows of long text (%(default)s)")
+    add = parser.add_argument_group("retrieval").add_argument
+    add(
+        "--lengths", nargs="+", default=[], **number,
+        help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled up to "
+        "the extended one)",
+    )  # fmt: skip
+    add("--depths", default=default.num_depths, **number, help="depths of the key, evenly spaced (%(default)s)")
+    add("--samples", default=default.num_samples, **number, help="prompts for each length and depth (%(default)s)")
+    add("--keys", default=default.num_keys, **number, help="keys in a multi-key prompt (%(default)s)")
+    add = parser.add_argument_group("running").add_argument
+    devices, dtypes = ("auto", "cpu", "cuda"), ("auto", *TORCH_DTYPES)
+    add("--device", choices=devices, default=default.device, help="default: CUDA where there is a GPU")
+    add("--dtype", choices=dtypes, default=default.dtype, help="default: bfloat16 on CUDA, float32 on a CPU")
+    add("--tokens-per-batch", **number, help="default: 16384 on CUDA, 2048 on a CPU (its caches are small)")
+    add("--seed", default=default.seed, **number, help="order of texts and prompts (%(default)s)")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers shows one for each model it loads, terminal or not
     options = parse(arguments)
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),

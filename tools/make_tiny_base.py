@@ -9,6 +9,7 @@ build/tiny_base; the last export's weights replace those in tests/assets/tiny_ba
 the input.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -68,6 +69,7 @@ def write_start(asset: Path, output: Path, seed: int) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     texts = {name: BUILD / "texts" / f"{name}.jsonl" for name in SETS}
     write_sets(BUILD / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
     (BUILD / "data").mkdir(exist_ok=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, PercentFormatter
-from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import run_cli
 from longred_megatron.evaluation.evaluate import Settings, evaluate
@@ -39,7 +38,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the data's order (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of each run (default: %(default)s)")
     arguments = parser.parse_args()
-    disable_progress_bar()  # transformers', for weights that load in no time
     started = time.perf_counter()
     texts = prepare_texts()
     train("recipes/tiny_long_cpt.yaml")

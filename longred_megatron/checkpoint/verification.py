@@ -11,6 +11,7 @@ from torch import Tensor
 from longred_megatron.checkpoint.huggingface import full_tensors
 from longred_megatron.checkpoint.weight_files import WeightFiles
 from longred_megatron.families import Architecture
+from longred_megatron.hugging_face import load_causal_model
 from longred_megatron.model.chunk import ModelChunk
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -84,9 +85,4 @@ def chunk_logits(chunk: ModelChunk, architecture: Architecture, tokens: Tensor) 
 
 @torch.no_grad()
 def _transformers_logits(hf: Path, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM  # slow to import
-
-    model = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    )
-    return model.eval()(tokens, use_cache=False).logits
+    return load_causal_model(hf, torch.float32)(tokens, use_cache=False).logits

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
+from longred_megatron.hugging_face import load_causal_model
 
 # Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
 # as Llama 3's.
@@ -115,15 +116,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(
     facts: ModelFacts, name: str, encoder: TextEncoder, device: torch.device, dtype: torch.dtype
 ) -> CausalModel:
-    """Loads the weights of a folder. Only safetensors are read, and no code of the folder is run. Raises
-    `UserError`."""
-    try:
-        network = AutoModelForCausalLM.from_pretrained(
-            facts.path, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{facts.path}: transformers cannot load the model: {error}") from error
-    network = network.to(device).eval()
+    """Loads the weights of a folder; see `load_causal_model`."""
+    network = load_causal_model(facts.path, dtype).to(device)
     return CausalModel(name, facts, network, encoder, device, head_is_plain(network, device))
 
 

@@ -19,7 +19,7 @@ from tests.training.workspace import build_run, make_workspace
 OBJECTIVES = ("long_text", "short_to_long", "short_restoration")
 # Each family once, and between them: tied and untied, biases, q/k norm, scaled RoPE of the source.
 SCALED = ("llama_yarn", "llama_dynamic", "llama_longrope")
-CASES = ("llama_3", "llama_3_2", "llama_biases", *SCALED, "mistral", "qwen2", "qwen3_tied")
+CASES = ("llama_3", "llama_3_2", "llama_biases", *SCALED, "mistral", "qwen2", "qwen3_tied", "phi3")
 
 
 def megatron_gradients(run: PhaseRun) -> dict[str, Tensor]:
