@@ -33,7 +33,7 @@ format: setup ## rewrites the code in the project's format
 demo: setup ## the main job on the CPU, small and real
 	$(PYTHON_IN_VENV) tools/demo.py
 
-layouts: setup ## the table of layouts against one process, up to 8 ranks (2 minutes)
+layouts: setup ## the table of layouts against one process, up to 8 ranks (5 minutes)
 	$(PYTHON_IN_VENV) -m tests.layouts.table
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)

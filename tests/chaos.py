@@ -63,7 +63,7 @@ def kill_once(recipe: Path, run: Path, rng: random.Random) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=400, help="of the run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=150, help="of the run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the moments (default: %(default)s)")
     arguments = parser.parse_args()
     rng = random.Random(arguments.seed)
