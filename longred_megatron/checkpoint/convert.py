@@ -18,7 +18,7 @@ from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture, read_architecture
-from longred_megatron.files import appearing_whole
+from longred_megatron.files import try_output
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
@@ -35,6 +35,7 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
     """
     hf, output = hf.absolute(), output.absolute()
     check_free(output)
+    try_output(output, "--output")
     architecture = read_architecture(hf)
     with WeightFiles(hf) as files:
         dtype = _dtype_holding(files)
@@ -42,14 +43,13 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
         chunks = _build(architecture, dtype, groups)
         load_weights(chunks, hf, architecture, groups)
         description = {"architecture": asdict(architecture), "source_hf": str(hf), "dtype": dtype}
-        try:
-            with appearing_whole(output) as unfinished:
-                distributed.save(unfinished, chunks, description)
-                (unfinished / HF_SOURCE).mkdir()
-                shutil.copyfile(hf / CONFIG, unfinished / HF_SOURCE / CONFIG)
-                copy_companions(hf, unfinished / HF_SOURCE)
-        except OSError as error:
-            raise UserError(f"{output}: the checkpoint could not be written ({error}); nothing was written") from None
+
+        def add_source(folder: Path) -> None:
+            (folder / HF_SOURCE).mkdir()
+            shutil.copyfile(hf / CONFIG, folder / HF_SOURCE / CONFIG)
+            copy_companions(hf, folder / HF_SOURCE)
+
+        distributed.save(output, chunks, description, add=add_source)
 
 
 def megatron_to_hf(checkpoint: Path, output: Path) -> None:
@@ -62,6 +62,7 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
         UserError: not a checkpoint, its source is gone, or `output` is in use or cannot be written.
     """
     check_free(output)
+    try_output(output, "--output")
     description = distributed.read_description(checkpoint)
     architecture = Architecture(**description["architecture"])
     source, dtype = _source(checkpoint, description, architecture)

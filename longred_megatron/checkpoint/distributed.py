@@ -6,9 +6,8 @@ It is written under a name of its own and renamed when complete, so a folder wit
 
 import json
 import pickle
-import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from longred_megatron.checkpoint import optimizer_state
 from longred_megatron.errors import UserError
-from longred_megatron.files import PARTIAL
+from longred_megatron.files import PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
 from longred_megatron.model.chunk import ModelChunk
 
 # What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
@@ -65,13 +64,13 @@ def save(
     chunks: Sequence[ModelChunk],
     description: dict[str, Any],
     optimizer: MegatronOptimizer | None = None,
-    extra_files: dict[str, str] | None = None,
+    add: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the chunks' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it.
 
     Args:
         description: stored as checkpoint.json; see `read_description`.
-        extra_files: {name: text} to store beside it.
+        add: puts more files into the folder it is given; rank 0 calls it before the checkpoint is whole.
 
     Raises:
         UserError: the folder cannot be written (a full disk, no permission); older checkpoints are untouched.
@@ -79,21 +78,20 @@ def save(
     rank, partial = torch.distributed.get_rank(), path.with_name(path.name + PARTIAL)
     try:
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            begin_folder(path)
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
         state = _sharded_state(chunks, optimizer)
         dist_checkpointing.save(state, str(partial), _SaveInProcess())
         marks = _marks_of_all_ranks(partial)
         if rank == 0:
-            files = {"checkpoint.json": json.dumps(description | {"files": marks}, indent=1)} | (extra_files or {})
-            for name, text in files.items():
-                (partial / name).write_text(text)
-            partial.rename(path)
+            write_text(partial / "checkpoint.json", json.dumps(description | {"files": marks}, indent=1))
+            if add is not None:
+                add(partial)
+            finish_folder(path)
     except _FAILURES as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_unfinished(partial)
         raise UserError(
-            f"{path}: the checkpoint could not be written ({_causes(error)}); free space and start again"
+            f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were"
         ) from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
 
@@ -178,8 +176,8 @@ def _sharded_state(chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer | 
 def _causes(error: BaseException) -> str:
     """What went wrong on each rank, without the traces torch collects."""
     if not isinstance(error, CheckpointException):
-        return str(error)
-    return "; ".join(f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+        return reason(error)
+    return "; ".join(f"rank {rank}: {reason(failure)}" for rank, (failure, _) in error.failures.items())
 
 
 class _SaveInProcess(TorchDistSaveShardedStrategy):

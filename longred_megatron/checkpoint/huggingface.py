@@ -28,6 +28,7 @@ from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Rule
+from longred_megatron.files import PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
 from longred_megatron.model.chunk import ModelChunk
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
@@ -83,14 +84,15 @@ def export(
         UserError: on every rank; `output` is in use or cannot be written, or the source lacks a file.
     """
     source_hf, output = Path(source_hf), Path(output).absolute()
-    temporary = output.with_name(f".{output.name}.incomplete")
+    temporary = output.with_name(output.name + PARTIAL)
     is_first_rank = torch.distributed.get_rank() == 0
     shards: list[Shard] = []
     with _failing_together(output, temporary):
         dtypes = _target_dtypes(source_hf, dtype)
         raw_config = json.loads((source_hf / CONFIG).read_text())
         if is_first_rank:
-            _make_room(output, temporary)
+            check_free(output)
+            begin_folder(output)
     with _failing_together(output, temporary):
         if groups.dp.rank() == 0 and groups.cp.rank() == 0:
             shards = _write_chunks(chunks, architecture, groups, temporary, dtypes)
@@ -106,8 +108,8 @@ def export(
             copy_companions(source_hf, temporary)
             widen_companions(temporary, raw_config.get("max_position_embeddings", 0), max_position_embeddings)
             if recipe_text is not None:
-                (temporary / "recipe.yaml").write_text(recipe_text)
-            temporary.rename(output)
+                write_text(temporary / "recipe.yaml", recipe_text)
+            finish_folder(output)
 
 
 def full_tensors(
@@ -171,13 +173,6 @@ def _target_dtypes(source_hf: Path, dtype: torch.dtype | None) -> dict[str, torc
 def _main_dtype(dtypes: dict[str, torch.dtype] | torch.dtype) -> torch.dtype:
     """What config.json names: the dtype of most tensors."""
     return dtypes if isinstance(dtypes, torch.dtype) else Counter(dtypes.values()).most_common(1)[0][0]
-
-
-def _make_room(output: Path, temporary: Path) -> None:
-    check_free(output)
-    if temporary.exists():  # an earlier export was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
 
 
 def _write_chunks(
@@ -265,7 +260,7 @@ def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
     found = [text for text in problems if text]
     if found:
         if torch.distributed.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_unfinished(temporary)
         raise UserError(*dict.fromkeys(found))
 
 
@@ -273,4 +268,4 @@ def _sentence(error: OSError | SafetensorError, output: Path) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
     if full:
         return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
-    return f"{output}: the model could not be written ({error}); nothing was written"
+    return f"{output}: the model could not be written ({reason(error)}); nothing was written"

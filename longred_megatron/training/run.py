@@ -242,8 +242,11 @@ def _save(run: PhaseRun, whole: Recipe, step: int, watchdog: Watchdog) -> None:
             "dtype": whole.precision.params,
             "step": step,
         }
-        files = {"recipe.yaml": dump_recipe(whole)}
-        distributed.save(path, run.chunks, description, run.optimizer, files)
+
+        def add_recipe(folder: Path) -> None:
+            write_text(folder / "recipe.yaml", dump_recipe(whole))
+
+        distributed.save(path, run.chunks, description, run.optimizer, add_recipe)
     if run.is_main:
         run_folder.prune_checkpoints(whole.run.dir, whole.training.keep_checkpoints)
 

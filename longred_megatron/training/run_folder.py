@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from longred_megatron.errors import UserError
-from longred_megatron.files import PARTIAL
+from longred_megatron.files import PARTIAL, remove_unfinished
 from longred_megatron.recipe import Recipe, dump_recipe, load_recipe
 from longred_megatron.settings import Mark, marked_keys
 
@@ -73,8 +73,10 @@ def set_aside(path: Path) -> Path:
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what a killed process left half-written."""
-    for path in [path for _, path in checkpoints(folder)[:-keep]] + list(folder.glob(f"checkpoints/*{PARTIAL}")):
+    for _, path in checkpoints(folder)[:-keep]:
         shutil.rmtree(path)
+    for path in (folder / "checkpoints").glob(f"*{PARTIAL}"):
+        remove_unfinished(path)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import chunk_logits, same_bits, verify
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
+from longred_megatron.files import begin_folder
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.chunk import build_chunks
 from longred_megatron.recipe.schema import Model
@@ -337,11 +338,20 @@ def test_full_disk_leaves_nothing(where, source, tmp_path, groups, monkeypatch):
 
 def test_what_a_killed_export_left_is_replaced(source, tmp_path, groups):
     chunks, architecture = load(source, groups)
-    left = tmp_path / ".output.incomplete"
-    left.mkdir()
+    left = begin_folder(tmp_path / "output")
     (left / "stage-00000-00007.safetensors").write_text("half")
     output = export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
     assert not left.exists() and not list(output.glob("stage-*"))
+
+
+def test_a_users_folder_of_the_unfinished_name_stays(source, tmp_path, groups):
+    chunks, architecture = load(source, groups)
+    (tmp_path / "output.partial").mkdir()
+    (tmp_path / "output.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"output\.partial: was not made by this program"):
+        export_unchanged(chunks, architecture, groups, source, tmp_path / "output")
+    assert (tmp_path / "output.partial" / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "output").exists()
 
 
 def test_source_without_config_is_named(source, tmp_path, groups):
