@@ -119,7 +119,8 @@ def remove_unfinished(partial: Path) -> bool:
         for child in partial.iterdir():
             if child.name != MARKER:
                 _remove(child)
-        if [child.name for child in partial.iterdir()] == [MARKER]:  # it goes last: a removal that was interrupted can be taken up again
+        # The marker goes last: a removal that was interrupted can be taken up again.
+        if [child.name for child in partial.iterdir()] == [MARKER]:
             (partial / MARKER).unlink()
     with suppress(OSError):  # not empty, or a file
         partial.rmdir()
