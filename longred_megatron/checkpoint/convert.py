@@ -64,11 +64,11 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
     check_free(output)
     try_output(output, "--output")
     description = distributed.read_description(checkpoint)
-    architecture = Architecture(**description["architecture"])
+    architecture = description.architecture
     source, dtype = _source(checkpoint, description, architecture)
     recipe = checkpoint / RECIPE
     with _one_process() as groups:
-        chunks = _build(architecture, description["dtype"], groups)
+        chunks = _build(architecture, description.dtype, groups)
         distributed.check(checkpoint)
         distributed.load(checkpoint, chunks)
         export(
@@ -87,9 +87,9 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
 def verify_checkpoint(hf: Path, checkpoint: Path) -> Verification:
     """Compares a checkpoint with a Hugging Face folder; see `verify`."""
     description = distributed.read_description(checkpoint)
-    architecture = Architecture(**description["architecture"])
+    architecture = description.architecture
     with _one_process() as groups:
-        chunks = _build(architecture, description["dtype"], groups)
+        chunks = _build(architecture, description.dtype, groups)
         distributed.check(checkpoint)
         distributed.load(checkpoint, chunks)
         return verify(chunks, hf, architecture, groups)
@@ -116,17 +116,17 @@ def _dtype_holding(files: WeightFiles) -> str:
 
 
 def _source(
-    checkpoint: Path, description: dict[str, Any], architecture: Architecture
+    checkpoint: Path, description: distributed.Description, architecture: Architecture
 ) -> tuple[Path, torch.dtype | None]:
     """The folder to take settings from, and the dtype to write (None: each tensor's own there)."""
     window: dict[str, Any] = {
         "rope": architecture.rope,
         "max_position_embeddings": architecture.max_position_embeddings,
     }
-    candidates = [Path(description["source_hf"]), checkpoint / HF_SOURCE]
+    candidates = [description.source_hf, checkpoint / HF_SOURCE]
     for hf in candidates:
         if (hf / CONFIG).is_file() and replace(read_architecture(hf), **window) == architecture:
-            return hf, _dtype(hf, description["dtype"])
+            return hf, _dtype(hf, description.dtype)
     raise UserError(
         f"{checkpoint}: the model it was made from is in neither {candidates[0]} nor {candidates[1]}; "
         f"put its config.json and tokenizer into one of them"

@@ -4,59 +4,45 @@ A checkpoint is a folder: Megatron's torch_dist files, `checkpoint.json` (what i
 It is written under a name of its own and renamed when complete, so a folder without the suffix `.partial` is whole.
 """
 
+import hashlib
 import json
 import pickle
+import re
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import checkpoint as dcp
+from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from longred_megatron.checkpoint import optimizer_state
+from longred_megatron.checkpoint import optimizer_state, tensor_files
 from longred_megatron.errors import UserError
-from longred_megatron.files import PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
+from longred_megatron.families import Architecture
+from longred_megatron.files import MARKER, PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
 from longred_megatron.model.chunk import ModelChunk
 
-# What a torch_dist index is made of. It is a pickle, which may call any function it names: only these are let in.
-_INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
-_INDEX_NAMES = {
-    "torch": {
-        "Size",
-        "device",
-        "bfloat16",
-        "float16",
-        "float32",
-        "float64",
-        "int32",
-        "int64",
-        "uint8",
-        "bool",
-    },
-    "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "pathlib": {"Path", "PosixPath"},
-    "builtins": {"set", "frozenset", "slice"},
-}
-# What a full disk, no permission or a damaged file ends in. torch's own is no Exception.
-_FAILURES = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    CheckpointException,
-    dist_checkpointing.core.CheckpointingException,
-)
+DESCRIPTION = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What checkpoint.json says of a checkpoint.
+
+    architecture: with RoPE and window as trained. source_hf: the folder it was made from. files: a mark for each, see
+    `check`. step, optimizer: of a training; the optimizer's hyperparameters and step count. digest: of all the others.
+    """
+
+    architecture: Architecture
+    source_hf: Path
+    dtype: Literal["bf16", "fp16", "fp32"]
+    files: dict[str, str]
+    step: int | None = None
+    optimizer: dict[str, Any] | None = None
+    digest: str = ""
 
 
 def save(
@@ -69,7 +55,7 @@ def save(
     """Writes the chunks' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it.
 
     Args:
-        description: stored as checkpoint.json; see `read_description`.
+        description: fields of `Description` that the caller knows.
         add: puts more files into the folder it is given; rank 0 calls it before the checkpoint is whole.
 
     Raises:
@@ -80,15 +66,15 @@ def save(
         if rank == 0:
             begin_folder(path)
         torch.distributed.barrier()  # the world: nobody writes before the folder is there
-        state = _sharded_state(chunks, optimizer)
-        dist_checkpointing.save(state, str(partial), _SaveInProcess())
+        values = tensor_files.write(partial, _sharded_state(chunks, optimizer))
         marks = _marks_of_all_ranks(partial)
         if rank == 0:
-            write_text(partial / "checkpoint.json", json.dumps(description | {"files": marks}, indent=1))
+            whole = description | values | {"files": marks}
+            write_text(partial / DESCRIPTION, json.dumps(whole | {"digest": _digest(whole)}, indent=1))
             if add is not None:
                 add(partial)
             finish_folder(path)
-    except _FAILURES as error:
+    except tensor_files.FAILURES as error:
         remove_unfinished(partial)
         raise UserError(
             f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were"
@@ -97,22 +83,22 @@ def save(
 
 
 def check(path: Path) -> None:
-    """Raises UserError, the same on every rank, unless every file of the checkpoint is as it was written.
+    """Raises UserError, the same on every rank, unless the checkpoint is as it was written, and at its place.
 
     Every rank calls it and reads its share of the files.
     """
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     problem = None
     try:
-        marks = read_description(path)["files"]
+        marks = read_description(path).files
         own = [(path / name, mark) for name, mark in sorted(marks.items())[rank::size]]
         changed = [file.name for file, mark in own if not file.is_file() or _mark(file) != mark]
         if changed:
             problem = f"{path}: {', '.join(changed)} is not as it was written; the checkpoint is damaged"
     except UserError as error:
         problem = str(error)
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{path}: not a whole checkpoint ({error!r})"
+    except OSError as error:
+        problem = f"{path}: not a whole checkpoint ({reason(error)})"
     problems: list[str | None] = [None] * size
     torch.distributed.all_gather_object(problems, problem)  # the world: all ranks go on, or none
     if found := [text for text in problems if text]:
@@ -125,23 +111,28 @@ def load(path: Path, chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer 
     Raises:
         UserError: not a checkpoint, damaged, or of another model.
     """
-    read_description(path)
-    _refuse_foreign_pickles(path / ".metadata")
+    values = read_description(path).optimizer
     state = _sharded_state(chunks, optimizer)
     try:
-        loaded = dist_checkpointing.load(state, str(path))
+        loaded = tensor_files.read(path, state)
         for i, chunk in enumerate(chunks):
-            chunk.load_state_dict(loaded[f"model{i}"])
+            lost = [n for n in chunk.load_state_dict(loaded[f"model{i}"], strict=False).missing_keys if _is_tensor(n)]
+            if lost:
+                raise KeyError(f"without {', '.join(lost[:5])}")
         if optimizer is not None:
-            optimizer_state.load(optimizer, loaded["optimizer"])
-    except _FAILURES as error:
+            optimizer_state.load(optimizer, values or tensor_files.read_earlier_values(path)["optimizer"])
+    except (*tensor_files.FAILURES, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: the checkpoint cannot be loaded ({_causes(error)})") from error
+
+
+def _is_tensor(name: str) -> bool:
+    return not name.endswith("_extra_state")
 
 
 def _marks_of_all_ranks(folder: Path) -> dict[str, str]:
     """Marks of all files in `folder`: each rank reads those it has just written, rank 0 the others too."""
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    names = [path.name for path in folder.iterdir()]
+    names = [path.name for path in folder.iterdir() if path.name != MARKER]
     ours = [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
     parts: list[dict[str, str]] = [{} for _ in range(size)]
     torch.distributed.all_gather_object(parts, {name: _mark(folder / name) for name in ours})  # the world
@@ -157,13 +148,34 @@ def _mark(path: Path) -> str:
     return f"{total}-{crc:08x}"
 
 
-def read_description(path: Path) -> dict[str, Any]:
-    """checkpoint.json: `architecture` (fields of Architecture, RoPE and window as trained), `source_hf` (folder),
-    `dtype` ("bf16", "fp16" or "fp32"), `files` (see `check`); from training also `step`."""
+def read_description(path: Path) -> Description:
+    """Raises UserError unless `path` is a checkpoint whose checkpoint.json is as it was written, and at its place."""
     try:
-        return json.loads((path / "checkpoint.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a checkpoint of this project (checkpoint.json: {error})") from None
+        text = (path / DESCRIPTION).read_text(encoding="utf-8")
+        raw = json.loads(text)
+        described = TypeAdapter(Description).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise UserError(f"{path}: not a checkpoint of this project ({DESCRIPTION}: {where}: {first['msg']})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a checkpoint of this project ({DESCRIPTION}: {reason(error)})") from None
+    for name, value in asdict(described.architecture).items():
+        if type(value) is int and value < 1:
+            raise UserError(f"{path}: {DESCRIPTION}: architecture.{name} is {value}, less than 1; it is damaged")
+    digest = raw.pop("digest", None)  # earlier versions wrote none
+    if digest not in (None, _digest(raw)):
+        raise UserError(f"{path}: {DESCRIPTION} is not as it was written; the checkpoint is damaged")
+    if tensor_files.INDEX not in described.files or any(Path(name).name != name for name in described.files):
+        raise UserError(f"{path}: {DESCRIPTION} does not list the files of the checkpoint; it is damaged")
+    number = re.fullmatch(r"step-(\d+)", path.name)
+    if number and described.step is not None and int(number[1]) != described.step:
+        raise UserError(f"{path}: is the checkpoint of step {described.step}, renamed; give it its name back")
+    return replace(described, digest=_digest(raw))
+
+
+def _digest(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _sharded_state(chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer | None) -> dict[str, Any]:
@@ -178,34 +190,3 @@ def _causes(error: BaseException) -> str:
     if not isinstance(error, CheckpointException):
         return reason(error)
     return "; ".join(f"rank {rank}: {reason(failure)}" for rank, (failure, _) in error.failures.items())
-
-
-class _SaveInProcess(TorchDistSaveShardedStrategy):
-    """The same files, written by this process.
-
-    Megatron's own strategy hands them to helper processes even when it waits for them. Those take five seconds to
-    start, and outlive a run that is killed.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        dcp.save(
-            mcore_to_pyt_state_dict(state, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in _INDEX_MODULES or name in _INDEX_NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _refuse_foreign_pickles(index: Path) -> None:
-    try:
-        with index.open("rb") as file:
-            _IndexUnpickler(file).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
-        raise UserError(f"{index}: not the index of a distributed checkpoint ({error})") from None

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def test_export_needs_no_source_folder(converted, tmp_path):
 
 def test_training_checkpoint_brings_its_window_and_recipe(converted, tmp_path):
     source, checkpoint = converted
-    architecture = distributed.read_description(checkpoint)["architecture"]
+    architecture = asdict(distributed.read_description(checkpoint).architecture)
     architecture |= {"rope": {"rope_type": "default", "rope_theta": 9e6}, "max_position_embeddings": 512}
-    edit_json(checkpoint / "checkpoint.json", architecture=architecture, step=100)
+    edit_json(checkpoint / "checkpoint.json", architecture=architecture, step=100, digest=None)
     (checkpoint / "recipe.yaml").write_text("model: {}\n")
     to_hf(checkpoint, tmp_path / "back")
     config = json.loads((tmp_path / "back" / "config.json").read_text())

@@ -1,0 +1,161 @@
+"""The tensors of a checkpoint in torch_dist files. Nothing in them can run code: there are tensors, and an index.
+
+torch writes the index, `.metadata`, as a pickle. A pickle may call what it names, so only the classes that an index is
+made of are let in, by their exact names. What is no tensor would be a pickle too: none are written, none are read.
+"""
+
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+
+INDEX = ".metadata"
+# What a full disk, no permission or a damaged file ends in. torch's own is no Exception.
+FAILURES = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    AssertionError,
+    CheckpointException,
+    CheckpointingException,
+)
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "int32", "int64", "uint8", "bool")
+_ALLOWED = {
+    *(("torch", name) for name in ("Size", *_DTYPES)),
+    ("torch.serialization", "_get_layout"),  # a layout by its name
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+}  # fmt: skip
+# Checkpoints of earlier versions hold what is no tensor as Megatron writes it: the pickle of [values].
+_EARLIER_VALUES = MetadataIndex("common_state/shard_0_1")
+_EARLIER_EMPTY = "._extra_state/"
+
+
+def write(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Writes the tensors of a sharded state. Every rank calls it; returns what is left of `state` without them.
+
+    Written by this process: Megatron's own strategy hands the files to helper processes even when it waits for them.
+    Those take five seconds to start, and outlive a run that is killed.
+    """
+    tensors, rest = save_preprocess(_without_objects(state))
+    named, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+    dcp.save(
+        mcore_to_pyt_state_dict(named, False),
+        storage_writer=dcp.FileSystemWriter(folder),
+        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    return rest
+
+
+def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Reads the tensors of a sharded state into place. Returns `state` with tensors where it had sharded ones.
+
+    Raises:
+        pickle.UnpicklingError: the index names something else than the parts of an index.
+        FAILURES: damaged, or without a tensor of `state`.
+    """
+    tensors, rest, factories = load_preprocess(_without_objects(state))
+    tensors, _ = extract_matching_values(tensors, lambda value: isinstance(value, ShardedTensor))
+    sharded = list(nested_values(tensors))
+    named, flat, renamed = _replace_state_dict_keys_with_sharded_keys(tensors)
+    found = mcore_to_pyt_state_dict(named, True)
+    planner = MCoreLoadPlanner(
+        shapes_validation_sharded_tensors=[each for each in sharded if not each.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={each.key: each for each in sharded if each.allow_shape_mismatch},
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    dcp.load(found, storage_reader=_Reader(folder), planner=planner, no_dist=True)
+    loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in found.items()}
+    loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
+    _restore_dict_types(loaded, tensors)
+    merge(rest, loaded)
+    return apply_factory_merges(rest, factories)
+
+
+def read_earlier_values(folder: Path) -> dict[str, Any]:
+    """What a checkpoint of an earlier version holds beside its tensors: numbers and texts, which need no code."""
+    place = read_index(folder).storage_data[_EARLIER_VALUES]
+    with (folder / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        [values] = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+    return values
+
+
+def read_index(folder: Path) -> Metadata:
+    """The index of the checkpoint in `folder`.
+
+    Raises:
+        pickle.UnpicklingError: it names something else than the parts of an index, or has entries that are no tensors.
+        FAILURES: not an index, or damaged.
+    """
+    try:
+        index = _IndexUnpickler(io.BytesIO((folder / INDEX).read_bytes())).load()
+        foreign = [*_foreign_entries(index)]
+    except pickle.UnpicklingError:
+        raise
+    except OSError:
+        raise
+    except Exception as error:  # of damaged bytes; there is no end to their kinds
+        raise pickle.UnpicklingError(f"damaged: {error!r}") from None
+    if foreign:
+        raise pickle.UnpicklingError(f"entries that are no tensors, or not of this folder: {', '.join(foreign[:5])}")
+    return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader with the index that was checked; torch itself would unpickle the file again, whatever it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_index(Path(self.path))
+
+
+def _foreign_entries(index: Metadata) -> Iterator[str]:
+    for key, entry in index.state_dict_metadata.items():
+        is_earlier = isinstance(entry, BytesStorageMetadata) and (key == _EARLIER_VALUES.fqn or _EARLIER_EMPTY in key)
+        if not isinstance(entry, TensorStorageMetadata) and not is_earlier:
+            yield str(key)
+    for place in index.storage_data.values():
+        if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+            yield repr(place.relative_path)
+
+
+def _without_objects(state: dict[str, Any]) -> dict[str, Any]:
+    """Without what modules keep beside tensors (`_extra_state`): pickles, and of these modules empty."""
+    return extract_matching_values(state, lambda value: not isinstance(value, ShardedObject))[0]
