@@ -25,10 +25,11 @@ _REASONS = {
 }
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why a path cannot be used, in words: of an OSError the system's reason, of others their message."""
-    known = isinstance(error, OSError) and error.errno in _REASONS
-    text = _REASONS[error.errno] if known else getattr(error, "strerror", None) or str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        text = _REASONS.get(error.errno, error.strerror or text)
     return " ".join(text.split())
 
 
@@ -49,8 +50,10 @@ def try_output(path: Path, key: str) -> None:
                 folder.mkdir()
                 made.append(folder)
         trial = (path if path.is_dir() else path.parent) / _unfinished_name(path.name)
-        trial.write_bytes(b" ")
-        trial.unlink()
+        try:
+            trial.write_bytes(b" ")
+        finally:
+            trial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL
         raise UserError(f"{key} {str(path)!r}: cannot be written ({reason(error)}); choose another") from None
     finally:

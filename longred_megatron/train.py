@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, 
     from longred_megatron.recipe import Phase, Recipe
     from longred_megatron.training.microbatches import MicroBatchSource
 
+_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _EXAMPLES = """examples:
   python -m longred_megatron.train recipes/tiny_longred_c.yaml
   torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml
@@ -41,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config.json is needed; starts its ranks itself, writes nothing that stays",
     )
     options = parser.parse_intermixed_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
+    rank, world_size = _world(os.environ)
+    is_main = rank == 0
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
             from longred_megatron.recipe import load_recipe
@@ -50,39 +54,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rehearse(load_recipe(options.recipe, options.overrides))
         return
     try:
-        recipe, phases, data = _check(options.recipe, options.overrides, is_main)
+        recipe, phases, data = _check(options.recipe, options.overrides, is_main, world_size)
     except UserError:
         if is_main:
             raise
         sys.exit(2)  # every rank finds the same mistake; the first one tells
 
+    from longred_megatron.files import reason
     from longred_megatron.parallel.groups import destroy, initialize
     from longred_megatron.training.run import train
+    from longred_megatron.training.run_folder import check_run_folder
+    from longred_megatron.training.run_lock import RunLock
 
     # The watchdog names the rank that hangs; the groups' own limit, which names none, has to be the longer one.
     patience = timedelta(minutes=max(30, 2 * recipe.training.hang_minutes))
-    groups = initialize(recipe.parallel, recipe.training.seed, patience)
-    try:
-        train(recipe, phases, data, groups)
-    finally:
-        destroy()
+    with RunLock(recipe.run.dir) if is_main else nullcontext():
+        if is_main:
+            check_run_folder(recipe)  # again: another run may have begun or ended since
+        groups = initialize(recipe.parallel, recipe.training.seed, patience)
+        try:
+            train(recipe, phases, data, groups)
+        except OSError as error:
+            raise UserError(f"{error.filename or recipe.run.dir}: {reason(error)}; the run has ended") from error
+        finally:
+            destroy()
 
 
-def _check(path: Path, overrides: Sequence[str], is_main: bool) -> "tuple[Recipe, list[Phase], list[MicroBatchSource]]":
+def _world(environment: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the number of ranks, as torchrun says them; (0, 1) without it.
+
+    Raises:
+        UserError: not numbers, or some of what torchrun sets is missing.
+    """
+    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    missing = [name for name in _LAUNCHER if name not in environment]
+    wrong = [
+        f"{name}={environment[name]!r}"
+        for name in _LAUNCHER
+        if name in environment and name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", environment[name])
+    ]
+    if missing or wrong:
+        said = [*wrong, *(f"no {name}" for name in missing)]
+        raise UserError(f"the environment has {', '.join(said)}: start ranks with torchrun, which sets all of these")
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    if rank >= world_size:
+        raise UserError(f"the environment has RANK={rank}, WORLD_SIZE={world_size}: ranks are numbered from 0")
+    return rank, world_size
+
+
+def _check(
+    path: Path, overrides: Sequence[str], is_main: bool, world_size: int
+) -> "tuple[Recipe, list[Phase], list[MicroBatchSource]]":
     """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
     from longred_megatron.recipe import check_phases, load_recipe, phases_summary, read_phases
 
     recipe = load_recipe(path, overrides)
     phases = read_phases(recipe)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     problems = check_phases(phases, world_size)
     if problems:
         raise UserError(*problems)
 
+    from longred_megatron.files import try_output
     from longred_megatron.training.microbatches import open_data
     from longred_megatron.training.run_folder import check_run_folder
 
     check_run_folder(recipe)
+    if is_main:
+        try_output(recipe.run.dir, "run.dir")
+        for phase in phases:
+            if phase.recipe.debug.dump_microbatches:
+                try_output(phase.recipe.debug.dump_microbatches, "debug.dump_microbatches")
     data = open_data(phases)
     if is_main:
         _check_models(recipe, phases)

@@ -1,8 +1,9 @@
 """Whole checkpoints between Hugging Face folders and Megatron's distributed format, in one process."""
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed
 from longred_megatron.checkpoint.hf_config import CONFIG, copy_companions
-from longred_megatron.checkpoint.huggingface import check_free, export, load_weights
+from longred_megatron.checkpoint.huggingface import Record, check_free, export, load_weights
 from longred_megatron.checkpoint.verification import Verification, verify
 from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.dtypes import DTYPES
@@ -22,6 +23,7 @@ from longred_megatron.files import try_output
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.recipe import load_recipe
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files
 RECIPE = "recipe.yaml"
@@ -80,7 +82,8 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
             rope=architecture.rope,
             max_position_embeddings=architecture.max_position_embeddings,
             dtype=dtype,
-            recipe_text=recipe.read_text() if recipe.is_file() else None,
+            recipe_text=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+            record=Record(description.step, description.digest) if description.step is not None else None,
         )
 
 
@@ -123,14 +126,21 @@ def _source(
         "rope": architecture.rope,
         "max_position_embeddings": architecture.max_position_embeddings,
     }
-    candidates = [description.source_hf, checkpoint / HF_SOURCE]
+    candidates = [description.source_hf, checkpoint / HF_SOURCE, *_after_a_move(checkpoint, description.source_hf)]
     for hf in candidates:
         if (hf / CONFIG).is_file() and replace(read_architecture(hf), **window) == architecture:
             return hf, _dtype(hf, description.dtype)
     raise UserError(
-        f"{checkpoint}: the model it was made from is in neither {candidates[0]} nor {candidates[1]}; "
+        f"{checkpoint}: the model it was made from is in neither {candidates[0]} nor {checkpoint / HF_SOURCE}; "
         f"put its config.json and tokenizer into one of them"
     )
+
+
+def _after_a_move(checkpoint: Path, source_hf: Path) -> Iterator[Path]:
+    """Where the source lies if it was moved together with the run folder of a training checkpoint."""
+    with suppress(UserError):
+        old_run = load_recipe(checkpoint / RECIPE).run.dir
+        yield Path(os.path.normpath(checkpoint.absolute().parent.parent / os.path.relpath(source_hf, old_run)))
 
 
 def _dtype(hf: Path, held: str) -> torch.dtype | None:

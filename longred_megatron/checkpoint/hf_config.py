@@ -10,6 +10,7 @@ import torch
 from longred_megatron.checkpoint.weight_files import PICKLES
 
 CONFIG = "config.json"
+RECORD = "longred_megatron.json"  # of an export: see `huggingface.Record`
 _WEIGHTS = (
     ".safetensors",
     ".safetensors.index.json",
@@ -60,7 +61,7 @@ def copy_companions(source: Path, target: Path) -> None:
         if (
             path.is_file()
             and not path.name.startswith(".")
-            and path.name != CONFIG
+            and path.name not in (CONFIG, RECORD)
             and not path.name.endswith(_WEIGHTS)
         ):
             shutil.copyfile(path, target / path.name)

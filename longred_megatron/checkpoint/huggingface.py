@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from longred_megatron.checkpoint.hf_config import (
     CONFIG,
+    RECORD,
     copy_companions,
     exported_config,
     widen_companions,
@@ -33,6 +35,22 @@ from longred_megatron.model.chunk import ModelChunk
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
 Shard = tuple[str, dict[str, int]]  # file name, {tensor name: bytes}
+
+
+@dataclass(frozen=True)
+class Record:
+    """Which training checkpoint an export was made of: its step, and its digest (`distributed.Description`)."""
+
+    step: int
+    checkpoint: str
+
+
+def read_record(hf: Path) -> Record | None:
+    """The record of an exported folder; None where there is none, or no whole one."""
+    try:
+        return Record(**json.loads((hf / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def load_weights(
@@ -65,6 +83,7 @@ def export(
     max_position_embeddings: int,
     dtype: torch.dtype | None = None,
     recipe_text: str | None = None,
+    record: Record | None = None,
 ) -> None:
     """Writes a folder that transformers loads: weights, config.json, the source's tokenizer and other files.
 
@@ -79,6 +98,7 @@ def export(
         max_position_embeddings: its window in tokens.
         dtype: of the written tensors; None: each as in the source.
         recipe_text: written as recipe.yaml.
+        record: written beside the model, see `read_record`.
 
     Raises:
         UserError: on every rank; `output` is in use or cannot be written, or the source lacks a file.
@@ -109,6 +129,8 @@ def export(
             widen_companions(temporary, raw_config.get("max_position_embeddings", 0), max_position_embeddings)
             if recipe_text is not None:
                 write_text(temporary / "recipe.yaml", recipe_text)
+            if record is not None:
+                write_json(temporary / RECORD, asdict(record))
             finish_folder(output)
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from longred_megatron.errors import UserError
 from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
 
@@ -15,6 +16,9 @@ def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(min
     """Joins the world torchrun describes (or a world of one) and cuts it into Megatron's groups.
 
     NCCL where there is a GPU, gloo otherwise. Also seeds Megatron's random states.
+
+    Raises:
+        UserError: the ranks cannot meet where the environment says.
     """
     cpu_shim.install()
     if not torch.distributed.is_initialized():
@@ -22,13 +26,20 @@ def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(min
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         alone = "RANK" not in os.environ  # started without torchrun
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if gpu else "gloo",
-            timeout=timeout,
-            store=torch.distributed.HashStore() if alone else None,
-            rank=0 if alone else -1,
-            world_size=1 if alone else -1,
-        )
+        try:
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if gpu else "gloo",
+                timeout=timeout,
+                store=torch.distributed.HashStore() if alone else None,
+                rank=0 if alone else -1,
+                world_size=1 if alone else -1,
+            )
+        except (torch.distributed.DistError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT, {where} ({str(error).splitlines()[0]}); "
+                "start them with torchrun, or with another free port"
+            ) from error
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -1,7 +1,7 @@
 """Reads a recipe: inheritance, command-line overrides, paths, and every problem in one message."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,12 +230,17 @@ def _is_whole(keys: tuple[str, ...], inherited: dict[str, Any], value: dict[str,
     return len(keys) == 2 and keys[0] == "data"
 
 
+def convert_paths(values: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """A copy of a recipe's values, as YAML holds them, with `convert` applied to all its paths."""
+    values = convert_marked(values, Recipe, Mark.PATH, convert)
+    if isinstance(values.get("phases"), list):
+        values["phases"] = [convert_paths(p, convert) if isinstance(p, dict) else p for p in values["phases"]]
+    return values
+
+
 def _absolute_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of `values` with absolute paths; what is not a path is left for the schema to complain about."""
-    values = convert_marked(values, Recipe, Mark.PATH, lambda path: _absolute(path, folder))
-    if isinstance(values.get("phases"), list):
-        values["phases"] = [_absolute_paths(p, folder) if isinstance(p, dict) else p for p in values["phases"]]
-    return values
+    return convert_paths(values, lambda path: _absolute(path, folder))
 
 
 def _absolute(path: Any, folder: Path) -> Any:

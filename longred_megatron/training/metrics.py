@@ -4,6 +4,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from longred_megatron.files import write_text
 from longred_megatron.objectives.base import Objective, Term
 from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.run_folder import METRICS, TENSORBOARD
 
 Key = tuple[str, str | None]  # an objective, and the name of a term of it or None
 
@@ -112,14 +114,20 @@ class MetricsWriter:
     _started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
-        path = self.folder / "metrics.jsonl"
-        kept = []
+        path = self.folder / METRICS
+        kept: list[str] = []
         if path.exists():  # lines after the checkpoint we resume from would be written a second time
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < self.first_step]
+            kept, num_damaged = _lines_before(path.read_bytes(), self.first_step)
+            if num_damaged:
+                aside = path.with_name(f"damaged-{METRICS}")
+                shutil.copyfile(path, aside)
+                print(
+                    f"warning: {path}: {num_damaged} lines are damaged and left out; {aside} has them",
+                    file=self.console,
+                )
         write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(self.folder / "tensorboard", purge_step=self.first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(self.folder / TENSORBOARD, purge_step=self.first_step)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         step = metrics["step"]
@@ -146,6 +154,19 @@ class MetricsWriter:
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+
+def _lines_before(content: bytes, step: int) -> tuple[list[str], int]:
+    """The lines of metrics before a step, and how many cannot be read. A last one without an end was being written."""
+    *lines, _ = content.split(b"\n")
+    kept, num_damaged = [], 0
+    for line in lines:
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line.decode())
+        except (ValueError, TypeError, KeyError, RecursionError):
+            num_damaged += 1
+    return kept, num_damaged
 
 
 def _clock(seconds: float) -> str:

@@ -111,7 +111,6 @@ def train(
     """
     rank, num_ranks, folder = torch.distributed.get_rank(), torch.distributed.get_world_size(), whole.run.dir
     done, run, watchdog = _newest_step(folder), None, None
-    first = done + 1
     with ExitStack() as until_the_end:
         for phase, own_data in zip(phases, data, strict=True):
             if done >= phase.last_step and phase is not phases[-1]:
@@ -123,7 +122,7 @@ def train(
             run = build(phase, own_data, groups)
             if watchdog is None:  # not before: the weights may be missing or broken, and then nothing has been written
                 if rank == 0:
-                    write_text(folder / "recipe.yaml", dump_recipe(whole))
+                    write_text(folder / run_folder.RECIPE, dump_recipe(whole))
                 patience_seconds = 60 * whole.training.hang_minutes
                 watchdog = Watchdog(folder / run_folder.RANKS, rank, num_ranks, patience_seconds)
                 until_the_end.enter_context(watchdog)
@@ -131,7 +130,7 @@ def train(
             done = phase.last_step
         assert run is not None and watchdog is not None  # the last phase is never passed over
         watchdog.progress("the export")
-        _export(run, whole, first, done)
+        _export(run, whole, done)
     return run
 
 
@@ -244,25 +243,29 @@ def _save(run: PhaseRun, whole: Recipe, step: int, watchdog: Watchdog) -> None:
         }
 
         def add_recipe(folder: Path) -> None:
-            write_text(folder / "recipe.yaml", dump_recipe(whole))
+            write_text(folder / run_folder.RECIPE, dump_recipe(whole))
 
         distributed.save(path, run.chunks, description, run.optimizer, add_recipe)
     if run.is_main:
         run_folder.prune_checkpoints(whole.run.dir, whole.training.keep_checkpoints)
 
 
-def _export(run: PhaseRun, whole: Recipe, first: int, last: int) -> None:
-    """Writes the model to run.dir/hf. An export of an earlier end of this run, before step `first`, is kept aside."""
-    output = whole.run.dir / "hf"
+def _export(run: PhaseRun, whole: Recipe, last: int) -> None:
+    """Writes the model after step `last` to run.dir/hf, unless it is there. Another one there is kept aside."""
+    output = whole.run.dir / run_folder.EXPORT
+    checkpoint = distributed.read_description(run_folder.checkpoint_path(whole.run.dir, last))
+    record = huggingface.Record(step=last, checkpoint=checkpoint.digest)
     is_there = output.exists()
+    there = huggingface.read_record(output) if is_there else None
     torch.distributed.barrier()  # the world: every rank has looked before the first one renames it
-    if is_there:
-        if first > last:
-            if run.is_main:
-                print(f"all {last} steps are done; the exported model is at {output}")
-            return
+    if there == record:
         if run.is_main:
-            output.rename(output.with_name(f"hf-step-{first - 1:06}"))
+            print(f"all {last} steps are done; the exported model is at {output}")
+        return
+    if is_there:
+        if run.is_main:
+            aside = run_folder.set_export_aside(output, there.step if there else None)
+            print(f"{output} is not the model after step {last}; it is now {aside}")
         torch.distributed.barrier()  # the world: every rank checks that the name is free
     huggingface.export(
         run.chunks,
@@ -274,6 +277,7 @@ def _export(run: PhaseRun, whole: Recipe, first: int, last: int) -> None:
         max_position_embeddings=run.student.max_position_embeddings,
         dtype=DTYPES[whole.precision.params],
         recipe_text=dump_recipe(whole),
+        record=record,
     )
     if run.is_main:
         print(f"exported the model to {output}")

@@ -1,5 +1,6 @@
 """The run folder: whose it is, where its checkpoints lie, which are kept."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -9,13 +10,21 @@ import yaml
 
 from longred_megatron.errors import UserError
 from longred_megatron.files import PARTIAL, remove_unfinished
-from longred_megatron.recipe import Recipe, dump_recipe, load_recipe
+from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
 from longred_megatron.settings import Mark, marked_keys
+from longred_megatron.training.run_lock import LOCK
 
 # What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
 _FREE_KEYS = tuple(marked_keys(Recipe, Mark.FREE))
 
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+EXPORT = "hf"
 RANKS = "ranks"  # what each rank is doing, see `watchdog`
+_KINDS = {RECIPE: Path.is_file, METRICS: Path.is_file} | dict.fromkeys(
+    (TENSORBOARD, EXPORT, RANKS, "checkpoints"), Path.is_dir
+)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -25,20 +34,41 @@ def check_run_folder(recipe: Recipe) -> None:
         return
     if not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose a folder")
-    stored = folder / "recipe.yaml"
+    stored = folder / RECIPE
     if not stored.exists():
-        if any(path.name != RANKS for path in folder.iterdir()):
+        if any(path.name not in (RANKS, LOCK) for path in folder.iterdir()):
             raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
+    wrong = [name for name, is_kind in _KINDS.items() if (folder / name).exists() and not is_kind(folder / name)]
+    if wrong:
+        raise UserError(
+            f"run.dir: {folder}: {', '.join(wrong)} should be a file or a folder and is the other; remove it"
+        )
     try:
         earlier = load_recipe(stored)
     except UserError as error:
         raise UserError(
-            f"run.dir: {folder} belongs to another recipe, or its recipe.yaml was changed ({error.problems[0]}); "
+            f"run.dir: {folder} belongs to another recipe, or its {RECIPE} was changed ({error.problems[0]}); "
             "choose another run.dir to start anew"
         ) from None
+    _check_same(earlier, recipe)
+    last, found = sum(phase.training.steps for phase in phases_of(recipe)), checkpoints(folder)
+    if found and found[-1][0] > last:
+        raise UserError(
+            f"run.dir: {folder} has done {found[-1][0]} steps, more than the {last} of training.steps: its newest "
+            f"checkpoint is {found[-1][1]}, its model in {folder / EXPORT}. Set training.steps to more than "
+            f"{found[-1][0]} to go on, or choose another run.dir for a run of {last} steps"
+        )
+
+
+def _check_same(earlier: Recipe, recipe: Recipe) -> None:
+    """Raises UserError unless one recipe goes on where the other ended."""
     # Both as this version writes them: the stored one may be of an earlier version, with older names of keys.
-    old, new = (_flat(yaml.safe_load(dump_recipe(each))) for each in (earlier, recipe))
+    before, now = (yaml.safe_load(dump_recipe(each)) for each in (earlier, recipe))
+    paths: list[Any] = []
+    convert_paths(before, paths.append)
+    now = convert_paths(now, lambda path: _before_a_move(path, recipe.run.dir, earlier.run.dir, paths))
+    old, new = _flat(before), _flat(now)
     # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
     length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
     changed = [
@@ -48,9 +78,17 @@ def check_run_folder(recipe: Recipe) -> None:
         listing = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:5])
         more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise UserError(
-            f"run.dir: {folder} belongs to another recipe ({listing}{more}); "
+            f"run.dir: {recipe.run.dir} belongs to another recipe ({listing}{more}); "
             "choose another run.dir to start anew, or restore these keys to go on"
         )
+
+
+def _before_a_move(path: Any, folder: Path, old_folder: Path, old_paths: list[Any]) -> Any:
+    """`path` as it was when the run began: what was moved together with the run folder lies as before, seen from it."""
+    if not isinstance(path, str) or path in old_paths:
+        return path
+    moved = os.path.normpath(old_folder / os.path.relpath(path, folder))
+    return moved if moved in old_paths else path
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -69,6 +107,13 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(f"damaged-{path.name}")
     path.rename(aside)
     return aside
+
+
+def set_export_aside(path: Path, step: int | None) -> Path:
+    """Renames an export, which is the model after `step` if that is known. Returns its new path."""
+    name = f"{EXPORT}-earlier" if step is None else f"{EXPORT}-step-{step:06}"
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return path.rename(next(aside for each in names if not (aside := path.with_name(each)).exists()))
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -74,8 +74,7 @@ class Watchdog:
 
     def _give_up(self) -> None:
         try:
-            paths = [self._path(rank) for rank in range(self._num_ranks)]
-            beats = [json.loads(path.read_text()) for path in paths if path.exists()]
+            beats = [beat for rank in range(self._num_ranks) if (beat := _read(self._path(rank)))]
             print(
                 f"error: rank {self._rank} has made no progress for {self._limit:.0f} seconds; "
                 f"{describe(beats, self._interval)}; where each rank was: {self._folder}/rank-*.stack.txt. Start again "
@@ -87,6 +86,15 @@ class Watchdog:
                 faulthandler.dump_traceback(file)
         finally:
             os._exit(EXIT_CODE)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A rank's file; None where there is none, or no whole one."""
+    try:
+        beat = json.loads(path.read_text(encoding="utf-8"))
+        return beat if beat.keys() >= {"rank", "host", "pid", "time", "doing", "place", "since"} else None
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def describe(beats: list[dict[str, Any]], interval: float) -> str:
