@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from longred_megatron.data import encoding
 from longred_megatron.data import prepare as prepare_module
 from longred_megatron.data.prepare import prepare
 from longred_megatron.data.sequences import IndexedSequences, SequenceSource, check_tokens
@@ -76,7 +77,7 @@ def test_short_and_empty_documents_are_dropped(tmp_path, sentencepiece_model):
 
 
 def test_workers_change_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_model):
-    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
     prepare([jsonl], sentencepiece_model, tmp_path / "one")
     prepare([jsonl], sentencepiece_model, tmp_path / "two", workers=2)
     assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
@@ -107,10 +108,10 @@ def test_few_chunks_are_under_way_at_once(tmp_path, monkeypatch, jsonl, sentence
             return self.value
 
     pools: list[Pool] = []
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 1)
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 1)
     report = prepare([jsonl], sentencepiece_model, tmp_path / "set", workers=2)
-    assert report.documents_kept > 2 * prepare_module.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
+    assert report.documents_kept > 2 * encoding.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, monkeypatch, jsonl, sentencepiece_model):
@@ -137,8 +138,10 @@ def test_a_failure_leaves_what_was_there(tmp_path, jsonl, sentencepiece_model):
     prepare([jsonl], sentencepiece_model, prefix)
     before = digests_of(prefix)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "good"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl:2"):
+    bad.write_text('{"text": "good"}\n{"text": 3}\n{"text": 4}\n')
+    with pytest.raises(
+        UserError, match=r"2 of the first 3 documents are bad.*2 value that is no text: .*bad\.jsonl:2 \(int\), .*:3\."
+    ):
         prepare([bad], sentencepiece_model, prefix, overwrite=True)
     assert digests_of(prefix) == before
     assert len(list(prefix.parent.iterdir())) == 3  # nothing half written is left beside it
