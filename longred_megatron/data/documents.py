@@ -161,13 +161,16 @@ class _Stream:
             unpacked = pyarrow.CompressedInputStream(self._raw, compression)
         self._bytes = io.BufferedReader(unpacked, 1 << 16)
         self._num_unpacked = self._num_told = 0
+        self._num_allowed = UNPACKED_ALWAYS_BYTES
 
     def read(self, line: bool) -> bytes:
         """The next line, or all there is; b"" at the end. Raises OSError."""
-        content = (self._bytes.readline if line else self._bytes.read)(MAX_DOCUMENT_BYTES + 1)
+        content = self._bytes.readline(MAX_DOCUMENT_BYTES + 1) if line else self._bytes.read(MAX_DOCUMENT_BYTES + 1)
         self._num_unpacked += len(content)
-        if self._num_unpacked > max(UNPACKED_ALWAYS_BYTES, MAX_UNPACKED_PER_BYTE * self._raw.tell()):
-            raise OSError(f"unpacks to more than {MAX_UNPACKED_PER_BYTE} times its size")
+        if self._num_unpacked > self._num_allowed:
+            self._num_allowed = MAX_UNPACKED_PER_BYTE * self._raw.tell()
+            if self._num_unpacked > self._num_allowed:
+                raise OSError(f"unpacks to more than {MAX_UNPACKED_PER_BYTE} times its size")
         if len(content) > MAX_DOCUMENT_BYTES:
             raise OSError(f"a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB; split it")
         return content

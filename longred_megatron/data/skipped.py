@@ -62,9 +62,12 @@ class Skipped:
         """Raises: `UserError` if more than half of the documents are bad, or none is good."""
         num_bad = self._num_bad()
         if self._first_bad and (num_bad > self.num_good or self.num_good == 0):
+            first = _printable(str(self._first_bad))
+            if num_bad == 1:
+                raise UserError(first)
             raise UserError(
                 f"{num_bad:,} of the first {num_bad + self.num_good:,} documents are bad, and at most half may be: "
-                f"{'; '.join(named(self.bad))}. The first: {_printable(str(self._first_bad))}"
+                f"{'; '.join(named(self.bad))}. The first: {first}"
             )
 
     def _num_bad(self) -> int:
@@ -74,7 +77,7 @@ class Skipped:
 def named(kinds: dict[str, Kind]) -> list[str]:
     """For people: how many of each kind, and the first places."""
     return [
-        f"{kind.count:,} {name}: {', '.join(kind.places)}{', ...' if kind.count > len(kind.places) else ''}"
+        f"{name} ({kind.count:,}): {', '.join(kind.places)}{', ...' if kind.count > len(kind.places) else ''}"
         for name, kind in kinds.items()
     ]
 

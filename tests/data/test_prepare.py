@@ -140,7 +140,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, jsonl, sentencepiece_model):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "good"}\n{"text": 3}\n{"text": 4}\n')
     with pytest.raises(
-        UserError, match=r"2 of the first 3 documents are bad.*2 value that is no text: .*bad\.jsonl:2 \(int\), .*:3\."
+        UserError, match=r"2 of the first 3 documents are bad.*value that is no text .2.: .*bad\.jsonl:2 \(int\), .*:3\."
     ):
         prepare([bad], sentencepiece_model, prefix, overwrite=True)
     assert digests_of(prefix) == before
