@@ -78,14 +78,12 @@ def open_indexed(prefix: str) -> "IndexedDataset":
                 f"make them with tools/prepare_data.py --output {prefix}, or correct the path in the recipe's "
                 "section `data`"
             )
-        _check_header(prefix)  # before Megatron does, whose assertions would not say what to do
+        _check_index(prefix)  # before Megatron does, whose assertions would not say what to do
         from megatron.core.datasets.indexed_dataset import IndexedDataset  # slow to import, and only data need it
 
-        dataset = IndexedDataset(prefix)
+        return IndexedDataset(prefix)
     except (OSError, ValueError) as error:
         raise damaged(prefix, f"its files cannot be read ({reason(error)})") from None
-    _check_places(prefix, dataset)
-    return dataset
 
 
 def num_tokens_in(dataset: "IndexedDataset") -> int:
@@ -93,35 +91,33 @@ def num_tokens_in(dataset: "IndexedDataset") -> int:
     return int(dataset.sequence_lengths.sum(dtype=np.int64))
 
 
-def _check_header(prefix: str) -> None:
-    with Path(f"{prefix}.idx").open("rb") as index:
-        header = index.read(INDEX_HEADER.size)
+def _check_index(prefix: str) -> None:
+    """Sequences lie one behind the other and fill PREFIX.bin; the borders of the documents ascend among them."""
+    index = Path(f"{prefix}.idx")
+    with index.open("rb") as file:
+        header = file.read(INDEX_HEADER.size)
     if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise damaged(prefix, f"{prefix}.idx is no index of Megatron's")
+        raise damaged(prefix, f"{index} is no index of Megatron's")
     version, dtype, num_sequences, num_borders = INDEX_HEADER.unpack(header)
     if version != INDEX_VERSION:
-        raise damaged(prefix, f"{prefix}.idx has version {version}, not {INDEX_VERSION}")
+        raise damaged(prefix, f"{index} has version {version}, not {INDEX_VERSION}")
     if dtype not in TOKEN_DTYPES:
-        raise damaged(prefix, f"{prefix}.idx has dtype code {dtype}, which is no integer of Megatron's")
+        raise damaged(prefix, f"{index} has dtype code {dtype}, which is no integer of Megatron's")
     _check_size(prefix, ".idx", INDEX_HEADER.size + 12 * num_sequences + 8 * num_borders)
-    if Path(f"{prefix}.bin").stat().st_size == 0:
-        raise damaged(prefix, f"{prefix}.bin is empty")
-
-
-def _check_places(prefix: str, dataset: "IndexedDataset") -> None:
-    """Sequences lie one behind the other and fill PREFIX.bin; the borders of the documents ascend among them."""
-    lengths, borders = dataset.sequence_lengths, dataset.document_indices
-    if len(lengths) and lengths.min() < 0:
-        raise damaged(prefix, f"{prefix}.idx has a sequence of {lengths.min()} tokens")
-    token_bytes = np.dtype(dataset.index.dtype).itemsize
-    _check_size(prefix, ".bin", num_tokens_in(dataset) * token_bytes)
-    pointers = dataset.index.sequence_pointers
-    if len(pointers) and (
-        pointers[0] or (np.diff(pointers) != np.multiply(lengths[:-1], token_bytes, dtype=np.int64)).any()
-    ):
-        raise damaged(prefix, f"{prefix}.idx has sequences that do not lie one behind the other")
-    if len(borders) == 0 or borders[0] < 0 or borders[-1] > len(lengths) or (np.diff(borders) < 0).any():
-        raise damaged(prefix, f"{prefix}.idx has documents whose borders do not ascend from 0 to {len(lengths)}")
+    content = np.memmap(index, mode="r")
+    lengths = np.frombuffer(content, np.int32, num_sequences, INDEX_HEADER.size)
+    places = np.frombuffer(content, np.int64, num_sequences, INDEX_HEADER.size + 4 * num_sequences)
+    borders = np.frombuffer(content, np.int64, num_borders, INDEX_HEADER.size + 12 * num_sequences)
+    if lengths.min(initial=0) < 0:
+        raise damaged(prefix, f"{index} has a sequence of {lengths.min()} tokens")
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(TOKEN_DTYPES[dtype]).itemsize
+    if not ends.any():
+        raise damaged(prefix, f"{index} has no token")
+    _check_size(prefix, ".bin", int(ends[-1]))
+    if places[0] != 0 or not np.array_equal(places[1:], ends[:-1]):
+        raise damaged(prefix, f"{index} has sequences that do not lie one behind the other")
+    if num_borders == 0 or borders[0] < 0 or borders[-1] != num_sequences or (np.diff(borders) < 0).any():
+        raise damaged(prefix, f"{index} has documents whose borders do not ascend to {num_sequences}")
 
 
 def _check_size(prefix: str, suffix: str, expected_bytes: int) -> None:

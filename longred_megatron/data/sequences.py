@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from longred_megatron.data.indexed import check_marks, damaged, num_tokens_in, open_indexed
 from longred_megatron.data.interleaving import Interleaving
+from longred_megatron.data.tokenizer import MAX_VOCAB_SIZE
 from longred_megatron.errors import UserError
 from longred_megatron.files import reason
 
@@ -58,8 +59,8 @@ def _read_report(report: Path) -> tuple[int, dict[str, Any] | None]:
         with report.open("rb") as file:
             content = json.loads(file.read(MAX_REPORT_BYTES))
         vocab_size, marks = content["vocab_size"], content.get("files")
-        if type(vocab_size) is not int or vocab_size < 1:
-            raise ValueError(f"vocab_size is {str(vocab_size)[:80]}, not a positive integer")
+        if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size is {str(vocab_size)[:80]}, not an integer from 1 to {MAX_VOCAB_SIZE}")
         if not (marks is None or isinstance(marks, dict)):
             raise ValueError(f"files is {str(marks)[:80]}, not an object")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -77,13 +77,14 @@ def _failing_as(what: str, wanted: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of `tokenizers` (Rust) is no Exception
         text = " ".join(str(error).split())[:400]
+        if "trust_remote_code" in text:
+            text = "it needs code that comes with it, which is never run"
         raise UserError(f"{what} ({type(error).__name__}: {text}); give {wanted}") from error
 
 
 def _checked(path: Path, tokenizer: "Tokenizer") -> None:
-    """Tries the tokenizer once. Raises `UserError` when it cannot write what 32 bits hold."""
-    with _failing_as(f"tokenizer {path}: fails on a short text", "one that is whole"):
-        tokenizer.encode("A short text, to try it.")
+    """Tries the tokenizer once. Raises `UserError` when it fails, or has ids that 32 bits do not hold."""
+    tokenizer.encode("A short text, to try it.")
     if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
             f"tokenizer {path}: its largest id is {tokenizer.vocab_size - 1}, but token ids have to be less than "
@@ -164,6 +165,7 @@ class SentencePieceTokenizer:
 
         with _failing_as(f"tokenizer {model_file}: sentencepiece cannot load it", "a trained .model file"):
             self._processor = SentencePieceProcessor(model_file=str(model_file))
+        self._path = model_file
         self.end_of_document: int = self._processor.eos_id()
         if self.end_of_document < 0:
             raise UserError(
@@ -174,7 +176,8 @@ class SentencePieceTokenizer:
         _checked(model_file, self)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        with _failing_as(f"tokenizer {self._path}: fails on a text of {len(text)} characters", "one that is whole"):
+            return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
