@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -106,11 +106,7 @@ def prepare(
         tokenizer = load_tokenizer(tokenizer_path)
         documents = chain.from_iterable(read_documents(file, text_key, skipped) for file in files)
         chunks = encoded(documents, tokenizer, tokenizer_path, workers)
-        with (
-            closing(chunks),  # its processes end with it
-            tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
-        ):
-            lengths, dropped, dtype = _write_indexed(chunks, folder, tokenizer.vocab_size, min_tokens, progress)
+        lengths, dropped, dtype = _write_indexed(chunks, folder, tokenizer.vocab_size, min_tokens, num_bytes)
         skipped.check()
         if len(lengths) == 0:
             raise UserError(
@@ -229,9 +225,16 @@ def _move(folder: Path, output_prefix: Path) -> None:
 
 
 def _write_indexed(
-    chunks: Iterable[tuple[list[Tokens], int]], folder: Path, vocab_size: int, min_tokens: int, progress: tqdm
+    chunks: Generator[tuple[list[Tokens], int], None, None],
+    folder: Path,
+    vocab_size: int,
+    min_tokens: int,
+    num_bytes: int,
 ) -> tuple[NDArray[np.int64], int, str]:
-    """Writes set.bin and set.idx. Returns the lengths of the documents kept, how many not, and the dtype."""
+    """Writes set.bin and set.idx; shows how far it is in the `num_bytes` of the input.
+
+    Returns the lengths of the documents kept, how many were not, and the dtype.
+    """
     # Megatron takes seconds to import: at the top of this file every tokenizing process would spend them too.
     with warnings.catch_warnings(action="ignore"):  # about kernels that are not needed here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -239,14 +242,18 @@ def _write_indexed(
     dtype = DType.optimal_dtype(vocab_size)
     builder = IndexedDatasetBuilder(str(folder / "set.bin"), dtype=dtype)
     dropped = 0
-    with closing(builder.data_file):  # `finalize` closes it too, but a failure never gets there
-        for documents, num_bytes in chunks:
+    with (
+        closing(builder.data_file),  # `finalize` closes it too, but a failure never gets there
+        closing(chunks),  # its processes end with it
+        tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
+    ):
+        for documents, num_new_bytes in chunks:
             for tokens in documents:
                 if len(tokens) - 1 < min_tokens:
                     dropped += 1
                 else:
                     builder.add_document(tokens, [len(tokens)])
-            progress.update(num_bytes)
+            progress.update(num_new_bytes)
         builder.finalize(str(folder / "set.idx"))
     return np.array(builder.sequence_lengths, dtype=np.int64), dropped, np.dtype(dtype).name
 

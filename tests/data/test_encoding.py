@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from itertools import repeat
+from pathlib import Path
 
 import pytest
 
@@ -36,8 +37,7 @@ if __name__ == "__main__":
 
 def is_there(pid):
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 

@@ -149,9 +149,11 @@ def test_large_files_are_marked_by_size_and_blocks(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", '"set"', "null", "3", "{}", "", "[" * 100_000, '{"vocab_size": 1e999}', '{"vocab_size": null}']
-    + ['{"vocab_size": "300"}', '{"vocab_size": -1}', f'{{"vocab_size": {"9" * 5000}}}', '{"vocab_size": true}']
-    + ['{"vocab_size": 300, "files": []}'],
+    [
+        "[]", '"set"', "null", "3", "{}", "", "[" * 100_000,
+        '{"vocab_size": 1e999}', '{"vocab_size": null}', '{"vocab_size": "300"}', '{"vocab_size": -1}',
+        f'{{"vocab_size": {"9" * 5000}}}', '{"vocab_size": true}', '{"vocab_size": 300, "files": []}',
+    ],
 )  # fmt: skip
 def test_a_damaged_report_is_one_message(prefix, content):
     Path(f"{prefix}.json").write_text(content)
