@@ -69,9 +69,10 @@ def _encoded_by_workers(
 ) -> Generator[tuple[list[Tokens], int], None, None]:
     # Spawned, not forked: tokenizers keep threads, which a fork would break.
     context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: the workers end when this process's end of the pipe is closed, by it or with it.
+    # Nothing is ever sent: workers see this end of the pipe closed when this process is killed.
     life_of_parent, life = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, initializer=_live_with_parent, initargs=(life_of_parent,))
+    others = set(multiprocessing.active_children())
     # A window of our own: the executor's `map` would read all documents at once.
     window: deque[tuple[Future[list[Tokens]], int]] = deque()
     try:
@@ -87,8 +88,10 @@ def _encoded_by_workers(
             f"one of {workers} tokenizing processes was ended, most likely for want of memory; lower --workers"
         ) from error
     finally:
-        life.close()
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # in the middle of a text, or of its imports: who asks for an end shall not wait
         pool.shutdown(cancel_futures=True)
+        life.close()
         life_of_parent.close()
 
 
@@ -104,7 +107,7 @@ def _submitted(pool: ProcessPoolExecutor, tokenizer_path: Path, texts: list[str]
 
 
 def _live_with_parent(life: Connection) -> None:
-    """Ends this process when the parent closes its end of the pipe or is killed, whatever runs here."""
+    """Ends this process when the parent is gone, whatever runs here."""
 
     def wait() -> None:
         life.poll(None)
