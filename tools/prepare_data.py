@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", type=Path, required=True, metavar="PATH",
-        help=".txt (one document a file), .jsonl (one a line), .parquet (one a row), or folders of them, "
-        "searched to the bottom",
+        help=".txt (one document a file), .jsonl (one a line), both also as .gz or .zst, .parquet (one a row), or "
+        "folders of them, searched to the bottom; bad documents are skipped and named at the end, up to half of all",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="PATH",

@@ -1,36 +1,33 @@
 """Text files -> an indexed token file of Megatron: PREFIX.bin, PREFIX.idx, and the report PREFIX.json."""
 
+import fcntl
 import json
-import multiprocessing
-import signal
+import os
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from longred_megatron.data.documents import Document, find_files, read_documents
-from longred_megatron.data.tokenizer import Tokenizer, file_digests, load_tokenizer
+from longred_megatron.data.documents import find_files, read_documents
+from longred_megatron.data.encoding import Tokens, encoded
+from longred_megatron.data.indexed import file_mark
+from longred_megatron.data.skipped import Kind, Skipped, named
+from longred_megatron.data.tokenizer import file_digests, load_tokenizer
 from longred_megatron.errors import UserError
-from longred_megatron.files import appearing_whole, write_text
+from longred_megatron.files import MARKER, PARTIAL, begin_folder, reason, remove_unfinished, try_output
 
-# Documents travel to the workers in chunks: large, so that the journey costs little; small, for even work.
-CHUNK_DOCUMENTS = 256
-CHUNK_CHARACTERS = 1 << 20
-CHUNKS_IN_FLIGHT_PER_WORKER = 4
+# The order in which they appear: a set without an index is never read.
 OUTPUT_SUFFIXES = (".bin", ".json", ".idx")
-
-type Tokens = NDArray[np.int32]
-"""A document's token ids and its end of document, [tokens + 1]."""
+MOVING = "moving"  # in the unfinished folder while its files take their places
+MAX_DOCUMENT_TOKENS = 2**31 - 1  # the index holds lengths as 32-bit integers
+MAX_WORKERS_PER_CORE = 4
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,12 @@ class PrepareReport:
     documents_dropped: int  # shorter than min_tokens
     tokens: int  # kept, with the end of each document
     lengths: list[LengthBucket]
+    skipped: dict[str, Kind]  # bad documents, by kind
+    passed_over: dict[str, Kind]  # files of other kinds and the like
+    files: dict[str, Any]  # suffix -> `file_mark`
 
     def summary(self) -> str:
-        """Counts, and the histogram of lengths with each bucket's share of the tokens."""
+        """Counts, the histogram of lengths with each bucket's share of the tokens, and what was skipped."""
         lines = [
             f"{self.documents_kept:,} documents kept, {self.documents_dropped:,} dropped "
             f"(fewer than {self.min_tokens:,} tokens); {self.tokens:,} tokens ({self.dtype})",
@@ -69,6 +69,8 @@ class PrepareReport:
             f"{each.up_to_tokens:>14,} {each.documents:>14,} {each.tokens:>18,} {each.tokens / self.tokens:>7.1%}"
             for each in self.lengths
         ]
+        lines += [f"skipped: {each}" for each in named(self.skipped)]
+        lines += [f"passed over: {each}" for each in named(self.passed_over)]
         return "\n".join(lines)
 
 
@@ -93,24 +95,19 @@ def prepare(
         text_key: the text's key in .jsonl lines, and its column in .parquet files.
         overwrite: replace an existing set.
 
-    Raises: `UserError` for bad inputs, tokenizer or settings, a set that exists, and if no document is kept.
+    Raises: `UserError` for bad inputs, tokenizer or settings, a set that exists, a disk that is full, if most documents
+    are bad, and if none is kept.
     """
-    _check_settings(output_prefix, min_tokens, workers, overwrite)
-    files = find_files(inputs)
-    tokenizer = load_tokenizer(tokenizer_path)
-    chunks = _chunks(chain.from_iterable(read_documents(file, text_key) for file in files))
-    encoded = _encoded(chunks, tokenizer, tokenizer_path, workers)
+    _check_settings(output_prefix, min_tokens, workers)
+    skipped = Skipped()
+    files = find_files(inputs, skipped)
     num_bytes = sum(file.stat().st_size for file in files)
-    data, report_file, index = (Path(f"{output_prefix}{suffix}") for suffix in OUTPUT_SUFFIXES)
-    with (
-        # The index goes first and comes last: a set without one is never read, however this is interrupted.
-        appearing_whole(index) as partial_index,
-        appearing_whole(data) as partial_data,
-        tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
-    ):
-        lengths, dropped, dtype = _write_indexed(
-            encoded, partial_data, partial_index, tokenizer.vocab_size, min_tokens, progress
-        )
+    with _unfinished_set(output_prefix, overwrite) as folder:
+        tokenizer = load_tokenizer(tokenizer_path)
+        documents = chain.from_iterable(read_documents(file, text_key, skipped) for file in files)
+        chunks = encoded(documents, tokenizer, tokenizer_path, workers)
+        lengths, dropped, dtype = _write_indexed(chunks, folder, tokenizer.vocab_size, min_tokens, num_bytes)
+        skipped.check()
         if len(lengths) == 0:
             raise UserError(
                 f"no document kept: {dropped} read, each with fewer than {min_tokens} tokens; "
@@ -128,124 +125,136 @@ def prepare(
             documents_dropped=dropped,
             tokens=int(lengths.sum()),
             lengths=_histogram(lengths),
+            skipped=skipped.bad,
+            passed_over=skipped.others,
+            files={suffix: file_mark(folder / f"set{suffix}") for suffix in (".bin", ".idx")},
         )
-        index.unlink(missing_ok=True)
-        write_text(report_file, json.dumps(asdict(report), indent=2) + "\n")
+        (folder / "set.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+        _move(folder, output_prefix)
     return report
 
 
-def _check_settings(output_prefix: Path, min_tokens: int, workers: int, overwrite: bool) -> None:
+def _check_settings(output_prefix: Path, min_tokens: int, workers: int) -> None:
+    most_workers = max(16, MAX_WORKERS_PER_CORE * (os.cpu_count() or 1))
     problems = [
-        f"{name} is {value}; give at least 1"
-        for name, value in (("--min-tokens", min_tokens), ("--workers", workers))
-        if value < 1
-    ]
-    existing = [f"{output_prefix}{suffix}" for suffix in OUTPUT_SUFFIXES if Path(f"{output_prefix}{suffix}").exists()]
-    if existing and not overwrite:
-        problems.append(
-            f"{', '.join(existing)}: already there; choose another --output, or replace them with --overwrite"
+        f"{name} is {value}; give at least 1 and at most {most}"
+        for name, value, most in (
+            ("--min-tokens", min_tokens, MAX_DOCUMENT_TOKENS),
+            ("--workers", workers, most_workers),
         )
+        if not 1 <= value <= most
+    ]
+    if output_prefix.name in ("", ".."):
+        problems.append(f"--output {output_prefix}: names no set; give a folder and a name, such as data/books")
     if problems:
         raise UserError(*problems)
+    try_output(Path(f"{output_prefix}{OUTPUT_SUFFIXES[-1]}"), "--output")
 
 
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        chunk.append(document)
-        num_characters += len(document.text)
-        if len(chunk) == CHUNK_DOCUMENTS or num_characters >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, num_characters = [], 0
-    if chunk:
-        yield chunk
+@contextmanager
+def _unfinished_set(output_prefix: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder beside the output to write `set.bin` and the others into; it goes when the block ends, however it does.
 
+    What a killed run with this output left is removed. The folder is locked: of two runs at once, one is refused.
 
-def _texts(chunk: list[Document]) -> list[str]:
-    return [document.text for document in chunk]
-
-
-def _num_bytes(chunk: list[Document]) -> int:
-    return sum(document.num_bytes for document in chunk)
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Tokens]:
-    return [np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.int32) for text in texts]
-
-
-def _encoded(
-    chunks: Iterator[list[Document]], tokenizer: Tokenizer, tokenizer_path: Path, workers: int
-) -> Iterator[tuple[list[Tokens], int]]:
-    """For each chunk, in order: the tokens of its documents, and the bytes of input it stands for."""
-    if workers > 1:
-        return _encoded_by_workers(chunks, tokenizer_path, workers)
-    return ((_encode(tokenizer, _texts(chunk)), _num_bytes(chunk)) for chunk in chunks)
-
-
-def _encoded_by_workers(
-    chunks: Iterator[list[Document]], tokenizer_path: Path, workers: int
-) -> Iterator[tuple[list[Tokens], int]]:
-    """The same, by so many processes."""
-    # Spawned, not forked: tokenizers keep threads, which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_leave_interrupts_to_parent)
-    # A window of our own: the executor's `map` would read all documents at once.
-    window: deque[tuple[Future[list[Tokens]], int]] = deque()
+    Raises: `UserError` if a set is there and not to be replaced, and for any OSError: of a full disk, say.
+    """
+    path = output_prefix.with_name(f".{output_prefix.name}")
+    partial = path.with_name(path.name + PARTIAL)
     try:
-        for chunk in chunks:
-            window.append((pool.submit(_encode_in_worker, tokenizer_path, _texts(chunk)), _num_bytes(chunk)))
-            if len(window) == workers * CHUNKS_IN_FLIGHT_PER_WORKER:
-                future, num_bytes = window.popleft()
-                yield future.result(), num_bytes
-        for future, num_bytes in window:
-            yield future.result(), num_bytes
-    except BrokenProcessPool as error:
+        with _locked(partial):
+            _clear_halves(partial, output_prefix)
+            _check_existing(output_prefix, overwrite)
+            begin_folder(path)
+            with _locked(partial):
+                try:
+                    yield partial
+                finally:
+                    _clear_halves(partial, output_prefix)
+                    remove_unfinished(partial)
+    except OSError as error:
         raise UserError(
-            f"one of {workers} tokenizing processes was ended, most likely for want of memory; lower --workers"
+            f"--output {output_prefix}: cannot be written ({reason(error)}); make room, or choose another"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _leave_interrupts_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Holds the marker of an unfinished folder, if there is one; the system lets go of it when this process ends."""
+    try:
+        marker = (partial / MARKER).open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    with marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{partial}: another prepare_data is writing this set; wait for it or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
-def _encode_in_worker(tokenizer_path: Path, texts: list[str]) -> list[Tokens]:
-    return _encode(_worker_tokenizer(tokenizer_path), texts)
+def _clear_halves(partial: Path, output_prefix: Path) -> None:
+    """Removes what a run that ended between its first and its last move has put in place; its index was not."""
+    if (partial / MARKER).is_file() and (partial / MOVING).is_file() and (partial / "set.idx").is_file():
+        for suffix in OUTPUT_SUFFIXES:
+            if not (partial / f"set{suffix}").exists():
+                Path(f"{output_prefix}{suffix}").unlink(missing_ok=True)
 
 
-@lru_cache
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)  # once a process
+def _check_existing(output_prefix: Path, overwrite: bool) -> None:
+    paths = [Path(f"{output_prefix}{suffix}") for suffix in OUTPUT_SUFFIXES]
+    existing = [path for path in paths if os.path.lexists(path)]
+    foreign = [path for path in existing if not (path.is_file() or path.is_symlink())]
+    if foreign:
+        raise UserError(f"{', '.join(map(str, foreign))}: in the way, and no file; choose another --output")
+    if existing and not overwrite:
+        raise UserError(
+            f"{', '.join(map(str, existing))}: already there; choose another --output, or replace with --overwrite"
+        )
+
+
+def _move(folder: Path, output_prefix: Path) -> None:
+    """The set takes its place: what is there goes index first, and the new index comes last."""
+    (folder / MOVING).touch()
+    Path(f"{output_prefix}.idx").unlink(missing_ok=True)
+    for suffix in OUTPUT_SUFFIXES:
+        (folder / f"set{suffix}").replace(f"{output_prefix}{suffix}")
 
 
 def _write_indexed(
-    encoded: Iterable[tuple[list[Tokens], int]],
-    data: Path,
-    index: Path,
+    chunks: Generator[tuple[list[Tokens], int], None, None],
+    folder: Path,
     vocab_size: int,
     min_tokens: int,
-    progress: tqdm,
+    num_bytes: int,
 ) -> tuple[NDArray[np.int64], int, str]:
-    """Writes the tokens and their index. Returns the lengths of the documents kept, how many not, and the dtype."""
+    """Writes set.bin and set.idx; shows how far it is in the `num_bytes` of the input.
+
+    Returns the lengths of the documents kept, how many were not, and the dtype.
+    """
     # Megatron takes seconds to import: at the top of this file every tokenizing process would spend them too.
     with warnings.catch_warnings(action="ignore"):  # about kernels that are not needed here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(str(data), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(folder / "set.bin"), dtype=dtype)
     dropped = 0
-    with closing(builder.data_file):  # `finalize` closes it too, but a failure never gets there
-        for documents, num_bytes in encoded:
+    with (
+        closing(builder.data_file),  # `finalize` closes it too, but a failure never gets there
+        closing(chunks),  # its processes end with it
+        tqdm(total=num_bytes, unit="B", unit_scale=True, desc="tokenizing", disable=None) as progress,
+    ):
+        for documents, num_new_bytes in chunks:
             for tokens in documents:
                 if len(tokens) - 1 < min_tokens:
                     dropped += 1
                 else:
                     builder.add_document(tokens, [len(tokens)])
-            progress.update(num_bytes)
-        builder.finalize(str(index))
+            progress.update(num_new_bytes)
+        builder.finalize(str(folder / "set.idx"))
     return np.array(builder.sequence_lengths, dtype=np.int64), dropped, np.dtype(dtype).name
 
 

@@ -7,91 +7,44 @@ resumed at any step, made longer, or laid out over another number of replicas, a
 
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from longred_megatron.data.indexed import check_marks, damaged, num_tokens_in, open_indexed
 from longred_megatron.data.interleaving import Interleaving
+from longred_megatron.data.tokenizer import MAX_VOCAB_SIZE
 from longred_megatron.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
+from longred_megatron.files import reason
 
 # Two epochs of a set are kept: a micro-batch may lie across the border of two.
 EPOCHS_KEPT = 2
 SCAN_BLOCK_TOKENS = 1 << 24
-# An index starts with 9 bytes of magic, version, dtype code, number of sequences, number of document borders;
-# 12 bytes a sequence (length, place) and 8 a border follow.
-INDEX_MAGIC = b"MMIDIDX\x00\x00"
-INDEX_HEADER = struct.Struct("<9xQBQQ")
-
-
-def open_indexed(prefix: str) -> "IndexedDataset":
-    """Opens PREFIX.idx and PREFIX.bin as memory maps.
-
-    Raises: `UserError` if one is missing, damaged or cut short.
-    """
-    missing = [f"{prefix}{suffix}" for suffix in (".idx", ".bin") if not Path(f"{prefix}{suffix}").is_file()]
-    if missing:
-        raise UserError(
-            f"data prefix {prefix}: {' and '.join(missing)} not found; "
-            f"make them with tools/prepare_data.py --output {prefix}, or correct the path in the recipe's "
-            "section `data`"
-        )
-    # Looked at before Megatron does, whose assertions would not say what to do.
-    with Path(f"{prefix}.idx").open("rb") as index:
-        header = index.read(INDEX_HEADER.size)
-    if len(header) < INDEX_HEADER.size or not header.startswith(INDEX_MAGIC):
-        raise _damaged(prefix, f"{prefix}.idx is no index of Megatron's")
-    _, _, num_sequences, num_borders = INDEX_HEADER.unpack(header)
-    _check_size(prefix, ".idx", INDEX_HEADER.size + 12 * num_sequences + 8 * num_borders)
-    if Path(f"{prefix}.bin").stat().st_size == 0:
-        raise _damaged(prefix, f"{prefix}.bin is empty")
-    from megatron.core.datasets.indexed_dataset import IndexedDataset  # slow to import, and only data need it
-
-    dataset = IndexedDataset(prefix)
-    _check_size(prefix, ".bin", _num_tokens(dataset) * np.dtype(dataset.index.dtype).itemsize)
-    return dataset
-
-
-def _check_size(prefix: str, suffix: str, expected_bytes: int) -> None:
-    found_bytes = Path(f"{prefix}{suffix}").stat().st_size
-    if found_bytes != expected_bytes:
-        raise _damaged(prefix, f"{prefix}{suffix} has {found_bytes} bytes, its index expects {expected_bytes}")
-
-
-def _damaged(prefix: str, finding: str) -> UserError:
-    return UserError(
-        f"data prefix {prefix}: {finding}; copy the set again, or make it again with tools/prepare_data.py"
-    )
+MAX_REPORT_BYTES = 1 << 27  # of PREFIX.json, which has a few kilobytes and the names of the inputs
 
 
 def check_tokens(prefix: str, vocab_size: int) -> None:
-    """Checks that a model with `vocab_size` embeddings knows every token of the set.
+    """Checks that the set is as it was written, and that a model with `vocab_size` embeddings knows its tokens.
 
-    Reads the vocabulary's size from PREFIX.json; a set made by another tool has none, and its tokens are
-    scanned instead.
+    Both are read from PREFIX.json. Files up to 64 MiB are compared whole, larger ones by size and a sample, see
+    `file_mark`; sets of versions that did not mark them, not at all. A set made by another tool has no report, and its
+    tokens are scanned instead.
 
-    Raises: `UserError` if the set was made with a larger vocabulary (fewer entries are normal: models pad
-    their embeddings), or PREFIX.json is damaged.
+    Raises: `UserError` if a file is damaged, or the set was made with a larger vocabulary (fewer entries are normal:
+    models pad their embeddings), or PREFIX.json is damaged.
     """
     report = Path(f"{prefix}.json")
     if report.is_file():
-        try:
-            used = int(json.loads(report.read_bytes())["vocab_size"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{report}: no report of prepare_data ({error!r}); make the set again, or remove this file "
-                "to have the tokens themselves looked through"
-            ) from error
+        used, marks = _read_report(report)
+        if marks is not None:
+            check_marks(prefix, marks)
     else:
-        used = _largest_token(open_indexed(prefix)) + 1
+        used = _largest_token(prefix) + 1
     if used > vocab_size:
         raise UserError(
             f"data prefix {prefix}: its tokens are of a vocabulary of {used}, but the model has "
@@ -100,17 +53,33 @@ def check_tokens(prefix: str, vocab_size: int) -> None:
         )
 
 
-def _num_tokens(dataset: "IndexedDataset") -> int:
-    return int(dataset.sequence_lengths.sum(dtype=np.int64))
+def _read_report(report: Path) -> tuple[int, dict[str, Any] | None]:
+    """The vocabulary's size and the marks of the files, None before these were kept."""
+    try:
+        with report.open("rb") as file:
+            content = json.loads(file.read(MAX_REPORT_BYTES))
+        vocab_size, marks = content["vocab_size"], content.get("files")
+        if type(vocab_size) is not int or not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_size is {str(vocab_size)[:80]}, not an integer from 1 to {MAX_VOCAB_SIZE}")
+        if not (marks is None or isinstance(marks, dict)):
+            raise ValueError(f"files is {str(marks)[:80]}, not an object")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{report}: no report of prepare_data ({type(error).__name__}: {reason(error)}); make the set again, or "
+            "remove this file to have the tokens themselves looked through"
+        ) from None
+    return vocab_size, marks
 
 
-def _largest_token(dataset: "IndexedDataset") -> int:
-    num_tokens = _num_tokens(dataset)
-    blocks = (
-        dataset.get(0, offset=start, length=min(SCAN_BLOCK_TOKENS, num_tokens - start))
-        for start in range(0, num_tokens, SCAN_BLOCK_TOKENS)
-    )
-    return max((int(block.max()) for block in blocks), default=-1)
+def _largest_token(prefix: str) -> int:
+    dataset = open_indexed(prefix)
+    num_tokens, largest = num_tokens_in(dataset), -1
+    for start in range(0, num_tokens, SCAN_BLOCK_TOKENS):
+        block = dataset.get(0, offset=start, length=min(SCAN_BLOCK_TOKENS, num_tokens - start))
+        if block.min() < 0:
+            raise damaged(prefix, f"{prefix}.bin has a token {block.min()}")
+        largest = max(largest, int(block.max()))
+    return largest
 
 
 class IndexedDocuments:

@@ -1,16 +1,20 @@
 """Tokenizers of Hugging Face folders and of sentencepiece, as far as preparing texts needs them."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from longred_megatron.errors import UserError
+from longred_megatron.files import reason
 
 # What decides how a Hugging Face folder turns text into tokens.
 HUGGING_FACE_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+MAX_VOCAB_SIZE = 2**31 - 1  # tokens are written as 32-bit integers
 
 
 class Tokenizer(Protocol):
@@ -38,25 +42,54 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises: `UserError` if there is none at `path`, or it has no token to end a document with.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_file, exists = path.is_dir(), path.is_file(), path.exists()
+    except OSError as error:
+        raise UserError(f"tokenizer {str(path)!r}: cannot be read ({reason(error)})") from None
+    if is_folder:
         return HuggingFaceTokenizer(path)
-    if path.is_file() and path.suffix == ".model":
+    if is_file and path.suffix == ".model":
         return SentencePieceTokenizer(path)
-    found = "is another kind of file" if path.exists() else "does not exist"
+    found = "is another kind of file" if exists else "does not exist"
     raise UserError(f"tokenizer {path} {found}; give a Hugging Face model's folder or a sentencepiece .model file")
 
 
 def load_hugging_face(folder: Path) -> Any:
-    """transformers' tokenizer of a Hugging Face folder. Raises `UserError` when it finds none there."""
+    """transformers' tokenizer of a Hugging Face folder; code that lies in the folder is never run.
+
+    Raises: `UserError` when transformers finds none there.
+    """
     from transformers import AutoTokenizer  # here, because it takes seconds and sentencepiece needs none
 
+    with _failing_as(f"tokenizer {folder}: transformers cannot load it", "a folder with a Hugging Face tokenizer"):
+        for file in folder.iterdir():
+            if file.exists() and not (file.is_file() or file.is_dir()):  # reading a FIFO would never end
+                raise OSError(f"{file.name} is no regular file")
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def _failing_as(what: str, wanted: str) -> Iterator[None]:
+    """Whatever fails in the block is a `UserError`: of damaged files the libraries raise nearly everything."""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of `tokenizers` (Rust) is no Exception
+        text = " ".join(str(error).split())[:400]
+        if "trust_remote_code" in text:
+            text = "it needs code that comes with it, which is never run"
+        raise UserError(f"{what} ({type(error).__name__}: {text}); give {wanted}") from error
+
+
+def _checked(path: Path, tokenizer: "Tokenizer") -> None:
+    """Tries the tokenizer once. Raises `UserError` when it fails, or has ids that 32 bits do not hold."""
+    tokenizer.encode("A short text, to try it.")
+    if tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise UserError(
-            f"tokenizer {folder}: transformers cannot load it ({' '.join(str(error).split())}); "
-            "give a folder with the files of a Hugging Face tokenizer"
-        ) from error
+            f"tokenizer {path}: its largest id is {tokenizer.vocab_size - 1}, but token ids have to be less than "
+            f"{MAX_VOCAB_SIZE}; give one that is whole"
+        )
 
 
 def file_digests(path: Path) -> dict[str, str]:
@@ -101,17 +134,22 @@ class HuggingFaceTokenizer:
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = load_hugging_face(folder)
-        if self._tokenizer.eos_token_id is None:
+        self._path = folder
+        with _failing_as(f"tokenizer {folder}: its vocabulary cannot be read", "one that is whole"):
+            self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+            eos_token_id = self._tokenizer.eos_token_id
+        if eos_token_id is None:
             raise UserError(
                 f"tokenizer {folder} has no end-of-sequence token to end documents with; "
                 "name one as eos_token in its tokenizer_config.json"
             )
-        self.end_of_document: int = self._tokenizer.eos_token_id
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.end_of_document: int = eos_token_id
+        _checked(folder, self)
 
     def encode(self, text: str) -> list[int]:
-        # verbose=False: no warning for texts longer than the model's window, of which long sets are made.
-        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        with _failing_as(f"tokenizer {self._path}: fails on a text of {len(text)} characters", "one that is whole"):
+            # verbose=False: no warning for texts longer than the model's window, of which long sets are made.
+            return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
     def decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -125,12 +163,9 @@ class SentencePieceTokenizer:
     def __init__(self, model_file: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        with _failing_as(f"tokenizer {model_file}: sentencepiece cannot load it", "a trained .model file"):
             self._processor = SentencePieceProcessor(model_file=str(model_file))
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"tokenizer {model_file}: sentencepiece cannot load it ({error}); give a trained .model file"
-            ) from error
+        self._path = model_file
         self.end_of_document: int = self._processor.eos_id()
         if self.end_of_document < 0:
             raise UserError(
@@ -138,9 +173,11 @@ class SentencePieceTokenizer:
                 "train it with an eos_id"
             )
         self.vocab_size: int = self._processor.get_piece_size()
+        _checked(model_file, self)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        with _failing_as(f"tokenizer {self._path}: fails on a text of {len(text)} characters", "one that is whole"):
+            return self._processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

@@ -1,10 +1,13 @@
+import errno
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from longred_megatron.data import encoding
 from longred_megatron.data import prepare as prepare_module
 from longred_megatron.data.prepare import prepare
 from longred_megatron.data.sequences import IndexedSequences, SequenceSource, check_tokens
@@ -76,7 +79,7 @@ def test_short_and_empty_documents_are_dropped(tmp_path, sentencepiece_model):
 
 
 def test_workers_change_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_model):
-    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 2)  # more chunks than may be under way
     prepare([jsonl], sentencepiece_model, tmp_path / "one")
     prepare([jsonl], sentencepiece_model, tmp_path / "two", workers=2)
     assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
@@ -107,10 +110,10 @@ def test_few_chunks_are_under_way_at_once(tmp_path, monkeypatch, jsonl, sentence
             return self.value
 
     pools: list[Pool] = []
-    monkeypatch.setattr(prepare_module, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(prepare_module, "CHUNK_DOCUMENTS", 1)
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 1)
     report = prepare([jsonl], sentencepiece_model, tmp_path / "set", workers=2)
-    assert report.documents_kept > 2 * prepare_module.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
+    assert report.documents_kept > 2 * encoding.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, monkeypatch, jsonl, sentencepiece_model):
@@ -137,8 +140,142 @@ def test_a_failure_leaves_what_was_there(tmp_path, jsonl, sentencepiece_model):
     prepare([jsonl], sentencepiece_model, prefix)
     before = digests_of(prefix)
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "good"}\n{"text": 3}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl:2"):
+    bad.write_text('{"text": "good"}\n{"text": 3}\n{"text": 4}\n')
+    with pytest.raises(
+        UserError,
+        match=r"2 of the first 3 documents are bad.*value that is no text .2.: .*bad\.jsonl:2 \(int\), .*:3\.",
+    ):
         prepare([bad], sentencepiece_model, prefix, overwrite=True)
     assert digests_of(prefix) == before
     assert len(list(prefix.parent.iterdir())) == 3  # nothing half written is left beside it
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_skipped_is_in_the_report_and_the_summary(tmp_path, jsonl, sentencepiece_model):
+    (tmp_path / "in").mkdir()
+    jsonl.rename(tmp_path / "in" / "texts.jsonl")
+    (tmp_path / "in" / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "in" / "notes.md").write_text("")
+    report = prepare([tmp_path / "in"], sentencepiece_model, tmp_path / "set")
+    bad, notes = tmp_path / "in" / "bad.txt", tmp_path / "in" / "notes.md"
+    assert f"skipped: not UTF-8 (1): {bad} (invalid start byte at byte 0)\n" in report.summary()
+    assert report.summary().endswith(f"passed over: file of another kind (1): {notes}")
+    stored = json.loads((tmp_path / "set.json").read_text())
+    assert stored["skipped"] == {
+        "not UTF-8": {"count": 1, "places": [f"{bad} (invalid start byte at byte 0)"]},
+    }
+    assert stored["passed_over"] == {"file of another kind": {"count": 1, "places": [str(notes)]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "cannot be written .a name of its path is too long"),
+        ("a\0b", "cannot be written"),
+        ("texts.jsonl/set", "cannot be written .a folder of its path is a file"),
+        ("..", "names no set"),
+    ],
+)
+def test_the_output_is_tried_first(tmp_path, monkeypatch, jsonl, name, message):
+    monkeypatch.setattr(prepare_module, "load_tokenizer", lambda _: pytest.fail("the work has begun"))
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=rf"--output .*{message}"):
+        prepare([jsonl], tmp_path / "absent", tmp_path / name)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("setting", [{"workers": 1_000_000}, {"min_tokens": 10**15}, {"workers": -1}])
+def test_settings_past_their_bounds(tmp_path, jsonl, setting):
+    with pytest.raises(UserError, match=r"is -?\d+; give at least 1 and at most \d+"):
+        prepare([jsonl], tmp_path / "absent", tmp_path / "set", **setting)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_model, suffix):
+    prefix = tmp_path / "out" / "set"
+    prepare([jsonl], sentencepiece_model, prefix)
+    before = digests_of(prefix)
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if suffix == ".bin":
+        monkeypatch.setattr(IndexedDatasetBuilder, "add_document", full)
+    elif suffix == ".idx":
+        monkeypatch.setattr(IndexedDatasetBuilder, "finalize", full)
+    else:
+        monkeypatch.setattr(type(prefix), "write_text", full)
+    with pytest.raises(UserError, match=r"--output .*out/set: cannot be written \(the disk is full\)"):
+        prepare([jsonl], sentencepiece_model, prefix, overwrite=True)
+    assert names(prefix.parent) == ["set.bin", "set.idx", "set.json"] and digests_of(prefix) == before
+
+
+@pytest.mark.parametrize("exception", [SystemExit, KeyboardInterrupt])
+def test_an_end_from_outside_leaves_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_model, exception):
+    def ended(*_arguments):
+        raise exception
+
+    monkeypatch.setattr(IndexedDatasetBuilder, "add_document", ended)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(exception):
+        prepare([jsonl], sentencepiece_model, tmp_path / "out" / "set")
+    assert names(tmp_path / "out") == []
+
+
+class Killed(BaseException):
+    """What nothing is done after."""
+
+
+def killed_at(monkeypatch, number):
+    """Ends the process, as far as one can tell, at its move number 1, 2, 3 of a file."""
+    moves = iter(range(1, 100))
+
+    def replace(self, target):
+        if self.parent.name == ".set.partial" and next(moves) == number:
+            raise Killed
+        return original(self, target)
+
+    original = Path.replace
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(prepare_module, "_clear_halves", lambda *_: None)
+    monkeypatch.setattr(prepare_module, "remove_unfinished", lambda _: None)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path, jsonl, sentencepiece_model, number):
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, number)
+        prepare([jsonl], sentencepiece_model, out / "set")
+    assert names(out) == [".set.partial", *["set.bin", "set.json"][: number - 1]]
+    with pytest.raises(UserError, match="does not exist"):  # even if the next fails
+        prepare([jsonl], tmp_path / "absent", out / "set")
+    assert names(out) == []
+    prepare([jsonl], sentencepiece_model, out / "set")
+    assert names(out) == ["set.bin", "set.idx", "set.json"]
+
+
+def test_what_is_the_users_stays(tmp_path, jsonl, sentencepiece_model):
+    (tmp_path / ".set.partial").mkdir()
+    (tmp_path / ".set.partial" / "mine").write_text("mine")
+    with pytest.raises(UserError, match=r"\.set\.partial: was not made by this program"):
+        prepare([jsonl], sentencepiece_model, tmp_path / "set")
+    assert (tmp_path / ".set.partial" / "mine").read_text() == "mine"
+    (tmp_path / "other.bin").mkdir()
+    with pytest.raises(UserError, match=r"other\.bin: in the way, and no file"):
+        prepare([jsonl], sentencepiece_model, tmp_path / "other", overwrite=True)
+
+
+def test_two_runs_do_not_write_one_set(tmp_path, monkeypatch, jsonl, sentencepiece_model):
+    def finalize(self, index):
+        with pytest.raises(UserError, match="another prepare_data is writing this set"):
+            prepare([jsonl], sentencepiece_model, tmp_path / "set")
+        original(self, index)
+
+    original = IndexedDatasetBuilder.finalize
+    monkeypatch.setattr(IndexedDatasetBuilder, "finalize", finalize)
+    prepare([jsonl], sentencepiece_model, tmp_path / "set")
+    assert names(tmp_path) == ["set.bin", "set.idx", "set.json", "texts.jsonl"]

@@ -45,7 +45,10 @@ def test_counts_are_printed_and_stored(capsys, tmp_path, given):
         (["--input", "/absent"], "input /absent does not exist"),
         (["--min-tokens", 0], "--min-tokens is 0; give at least 1"),
         (["--workers", 0], "--workers is 0; give at least 1"),
-        (["--text-key", "body"], "texts.jsonl:1: no key 'body'"),
+        (
+            ["--text-key", "body"],
+            "texts.jsonl:1: no key 'body' (its keys: 'text'); name the text's key with --text-key",
+        ),
         (["--min-tokens", 10**6], "no document kept"),
         (["--min-tokens", "many"], "invalid int value"),
     ],

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -110,3 +111,82 @@ def test_another_entry_is_named(hf_tokenizer, tmp_path):
 def test_another_end_token_is_named(hf_tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"eos_token is '<\|end\|>' and '!'"):
         check_same_tokenizer(hf_tokenizer, copied(hf_tokenizer, tmp_path, eos_token="!"))
+
+
+PAYLOAD = "from pathlib import Path\nPath({marker!r}).touch()\n\n\nclass Own:\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["payload.Own", None]}}),
+        (
+            "config.json",
+            {"model_type": "own", "auto_map": {"AutoConfig": "payload.Own", "AutoTokenizer": "payload.Own"}},
+        ),
+    ],
+)
+def test_code_beside_a_tokenizer_is_never_run(tmp_path, monkeypatch, name, content):
+    """transformers would ask, and run it for `yes |`."""
+    marker = tmp_path / "it ran"
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / name).write_text(json.dumps(content))
+    (folder / "payload.py").write_text(PAYLOAD.format(marker=str(marker)))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(UserError, match="cannot load it"):
+        load_tokenizer(folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{}"},
+        {"tokenizer.json": "[]"},
+        {"tokenizer.json": "[" * 100_000},
+        {"tokenizer.json": "{}", "tokenizer_config.json": '"text"'},
+        {"tokenizer_config.json": '{"tokenizer_class": 5}'},
+        {"vocab.json": "[]", "merges.txt": "\0", "tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'},
+    ],
+)
+def test_damaged_files_are_one_message(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        load_tokenizer(tmp_path)
+
+
+def damaged_copy(folder, tmp_path, **changes):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    (copy / "tokenizer.json").write_text(json.dumps(content | changes))
+    return copy
+
+
+def test_ids_past_32_bits_are_an_error(hf_tokenizer, tmp_path):
+    model = {"type": "BPE", "vocab": {"a": 4_294_967_290}, "merges": []}
+    with pytest.raises(UserError, match="its largest id is 4294967290"):
+        load_tokenizer(damaged_copy(hf_tokenizer, tmp_path, model=model))
+
+
+def test_a_tokenizer_is_tried_when_it_is_loaded(hf_tokenizer, tmp_path):
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "none"}
+    with pytest.raises(UserError, match="fails on a text of 24 characters"):
+        load_tokenizer(damaged_copy(hf_tokenizer, tmp_path, model=model))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_fifo_does_not_hold_it_up(hf_tokenizer, tmp_path, name):
+    copy = shutil.copytree(hf_tokenizer, tmp_path / "copy")
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    with pytest.raises(UserError, match=f"{name} is no regular file"):
+        load_tokenizer(copy)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_paths_that_cannot_be(tmp_path, name):
+    with pytest.raises(UserError, match=r"^tokenizer "):
+        load_tokenizer(tmp_path / name)
