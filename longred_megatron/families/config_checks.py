@@ -3,8 +3,8 @@
 A key that changes the computation and that nobody reads is the worst of mistakes: everything runs, with other numbers.
 transformers keeps every key it does not know as an attribute, and says nothing. Many such keys are harmless (who
 trained the model, with which tool), so that an unknown key alone is no reason to refuse. It is refused when its name
-speaks of the computation (`_WORDS`: `dual_chunk_attention_config`, `residual_multiplier`, `quantization_config`) and its value
-switches something on. A name that no word matches passes: a list of words is a net, and no proof.
+speaks of the computation (`_WORDS`: `dual_chunk_attention_config`, `residual_multiplier`) and its value switches
+something on. A name that no word matches passes: a list of words is a net, and no proof.
 """
 
 import dataclasses

@@ -1,8 +1,10 @@
 """The ranks of a small world as processes of this machine: by torchrun, or without it for rehearsals and tests."""
 
 import multiprocessing
+import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,18 +24,32 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
 
     `join(name)` enters a fresh gloo world of all of them; after leaving it, another of another name can be entered.
     The processes are forked from one that has imported the function's module, so that its imports are paid for once.
+    None of them outlives this call, whatever ends it, or this process.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: the first failure; the others are ended.
     """
     multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _rank, args=(num_ranks, Path(folder), function, arguments), nprocs=num_ranks, start_method="forkserver"
+        context = torch.multiprocessing.start_processes(
+            _rank,
+            args=(num_ranks, Path(folder), function, arguments),
+            nprocs=num_ranks,
+            start_method="forkserver",
+            join=False,
         )
+        try:
+            while not context.join(grace_period=1):
+                pass
+        finally:  # Ctrl-C and SIGTERM too, which a rank itself takes as a wish to stop after the step
+            for process in context.processes:
+                process.kill()
+            for process in context.processes:
+                process.join()
 
 
 def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
     def join(name: str) -> None:
@@ -43,3 +59,11 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None]
         )
 
     function(join, *arguments)
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the process that called `run_ranks`, even by `kill -9`, and ends this one at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -144,7 +144,7 @@ def test_none_keeps_the_source(source: dict[str, Any]) -> None:
         ({"method": "dynamic", "factor": 0.5}, "factor\n.*greater than or equal to 1"),
         (
             {"method": "longrope", "short_factor": [0.0], "long_factor": [1]},
-            "short_factor.0\n.*greater than or equal to",
+            "short_factor.0\n.*greater than 0",
         ),
     ],
 )
