@@ -7,7 +7,7 @@ from pathlib import Path
 
 from longred_megatron.errors import UserError
 from longred_megatron.families.base import FAMILIES, Architecture, find_family
-from longred_megatron.families.config_checks import config_problems
+from longred_megatron.families.config_checks import config_problems, size_problems
 from longred_megatron.files import read_json, reason
 
 __all__ = ["FAMILIES", "Architecture", "read_architecture"]
@@ -42,6 +42,8 @@ def read_architecture(hf: Path) -> Architecture:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
+    if problems := size_problems(raw):
+        raise UserError(*(f"{path}: {problem}" for problem in problems))
     from transformers import CONFIG_MAPPING  # slow to import; needed for the defaults config.json may leave out
 
     try:

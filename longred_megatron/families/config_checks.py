@@ -22,8 +22,9 @@ _LARGEST = {
     "intermediate_size": 2**24,
     "vocab_size": 2**24,
     "max_position_embeddings": LONGEST_TOKENS,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
 }
-_LARGEST_OPTIONAL = {"num_key_value_heads": 2**16, "head_dim": 2**16}
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -37,12 +38,28 @@ _WORDS = (
 # How it is computed, and not what; and dropout, which is off here.
 _HARMLESS = ("implementation", "flash", "sdpa", "drop", "initializ")
 # Read by transformers for every family, whether its config class declares them or not.
-_READ = {"head_dim", "rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"}
+_READ = {
+    "head_dim",
+    "layer_types",
+    "rope_theta",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+}
+
+
+def size_problems(raw: dict[str, Any]) -> list[str]:
+    """What is wrong with the sizes in config.json, each a sentence. One that is left out is transformers' own."""
+    return [
+        f"{key} is {_shown(raw[key])}: must be a whole number from 1 to {largest}"
+        for key, largest in _LARGEST.items()
+        if raw.get(key) is not None and not (type(raw[key]) is int and 1 <= raw[key] <= largest)
+    ]
 
 
 def config_problems(raw: dict[str, Any], config: Any) -> list[str]:
     """What is wrong, each a sentence. raw: config.json; config: transformers' class made of it."""
-    return [*_ignored_keys(raw, config), *_size_problems(config), *_value_problems(config)]
+    return [*_ignored_keys(raw, config), *_head_problems(config), *_value_problems(config)]
 
 
 def _ignored_keys(raw: dict[str, Any], config: Any) -> Iterator[str]:
@@ -66,14 +83,7 @@ def _is_off(value: Any) -> bool:
     return not value or (value == 1 and value is not True)
 
 
-def _size_problems(config: Any) -> Iterator[str]:
-    for key, largest in (_LARGEST | _LARGEST_OPTIONAL).items():
-        value = getattr(config, key, None)
-        if value is None and key in _LARGEST_OPTIONAL:
-            continue
-        if type(value) is not int or not 1 <= value <= largest:
-            yield f"{key} is {_shown(value)}: must be a whole number from 1 to {largest}"
-            return
+def _head_problems(config: Any) -> Iterator[str]:
     hidden, heads = config.hidden_size, config.num_attention_heads
     kv_heads, head_dim = getattr(config, "num_key_value_heads", None) or heads, getattr(config, "head_dim", None)
     if heads % kv_heads:

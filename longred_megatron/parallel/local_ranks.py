@@ -31,20 +31,21 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
     """
     multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        context = torch.multiprocessing.start_processes(
-            _rank,
-            args=(num_ranks, Path(folder), function, arguments),
-            nprocs=num_ranks,
-            start_method="forkserver",
-            join=False,
-        )
         try:
+            context = torch.multiprocessing.start_processes(
+                _rank,
+                args=(num_ranks, Path(folder), function, arguments),
+                nprocs=num_ranks,
+                start_method="forkserver",
+                join=False,
+            )
             while not context.join(grace_period=1):
                 pass
         finally:  # Ctrl-C and SIGTERM too, which a rank itself takes as a wish to stop after the step
-            for process in context.processes:
+            ranks = multiprocessing.active_children()  # also where starting them was cut short
+            for process in ranks:
                 process.kill()
-            for process in context.processes:
+            for process in ranks:
                 process.join()
 
 
