@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,11 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
             )
             while not context.join(grace_period=1):
                 pass
+        except (KeyboardInterrupt, SystemExit):
+            # It would take seconds to leave, with the terminal in its hands; the next call starts another.
+            if (server := forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]
+                os.kill(server, signal.SIGKILL)
+            raise
         finally:  # Ctrl-C and SIGTERM too, which a rank itself takes as a wish to stop after the step
             ranks = multiprocessing.active_children()  # also where starting them was cut short
             for process in ranks:

@@ -29,11 +29,13 @@ if [ -z "${RANKS:-}" ]; then
 fi
 
 # Tried first, on the machine that will listen on it: torchrun says it in pages.
-try_port='import socket, sys; socket.create_server(("", int(sys.argv[1])))'
-if [ "${NODE_RANK:-0}" = 0 ] && ! "$PYTHON" -c "$try_port" "${PORT:-29500}" 2>/dev/null; then
-    echo "error: PORT ${PORT:-29500}: is in use on this machine, or no port; set PORT to a free one, on all machines" >&2
-    exit 2
-fi
+try_port='
+import socket, sys
+try:
+    socket.create_server(("", int(sys.argv[1])))
+except (OSError, ValueError, OverflowError):
+    sys.exit(f"error: PORT {sys.argv[1]}: is in use on this machine, or no port; set PORT to a free one everywhere")'
+[ "${NODE_RANK:-0}" != 0 ] || "$PYTHON" -c "$try_port" "${PORT:-29500}" || exit 2
 
 launch() {
     "$PYTHON" -m torch.distributed.run \
