@@ -1,12 +1,18 @@
-"""Outputs: tried before the work, whole when they appear, and nothing that is not this program's removed for them."""
+"""Outputs: tried before the work, whole when they appear, and nothing that is not this program's removed for them.
+
+Inputs: read only where they are regular files of a sane size.
+"""
 
 import errno
+import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from longred_megatron.errors import UserError
 
@@ -130,10 +136,44 @@ def remove_unfinished(partial: Path) -> bool:
     return not os.path.lexists(partial)
 
 
+def read_text(path: Path, max_bytes: int) -> str:
+    """The text of a UTF-8 file.
+
+    Raises OSError, or ValueError for what cannot be read to its end (a pipe, a device), is larger than `max_bytes`, or
+    is not UTF-8; `reason` has them in words.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no file but a folder, a pipe or a device")
+    if status.st_size > max_bytes:
+        raise ValueError(f"it has {status.st_size:,} bytes, more than the {max_bytes:,} such a file may have")
+    try:
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def read_json(path: Path, max_bytes: int = 2**26) -> Any:
+    """The content of a JSON file. Raises OSError, or ValueError also for a key given twice and for deep nesting."""
+    text = read_text(path, max_bytes)
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 file, and its folder, at once."""
     with appearing_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return values
 
 
 def _remove(path: Path) -> None:

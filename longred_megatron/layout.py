@@ -5,21 +5,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from longred_megatron.settings import PositiveInt, Settings, renamed
+from longred_megatron.settings import NumRanks, PositiveInt, Settings, renamed
 
 
 class Parallel(Settings):
     """How one model replica is cut; data parallelism takes what is left of the world."""
 
-    tensor: PositiveInt = Field(1, description="ranks that share each layer's matrices")
-    pipeline: PositiveInt = Field(1, description="pipeline stages")
-    virtual_pipeline: Annotated[int, Field(ge=2)] | None = Field(
+    tensor: NumRanks = Field(1, description="ranks that share each layer's matrices")
+    pipeline: NumRanks = Field(1, description="pipeline stages")
+    virtual_pipeline: Annotated[int, Field(ge=2, le=256)] | None = Field(
         None, description="model chunks per pipeline stage (interleaved schedule); null: one"
     )
-    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+    layers_per_chunk: Annotated[tuple[PositiveInt, ...], Field(strict=False, max_length=4096)] | None = Field(
         None, description="layers of each of the pipeline x virtual_pipeline chunks, in order; null: equally many"
     )
-    context: PositiveInt = Field(1, description="ranks that share each micro-batch's tokens")
+    context: NumRanks = Field(1, description="ranks that share each micro-batch's tokens")
     sequence: bool = Field(False, description="Megatron's sequence parallelism; needs tensor > 1")
 
     @model_validator(mode="before")

@@ -39,9 +39,23 @@ def _not_empty(path: Path) -> Path:
     return path
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NumTokens = Annotated[int, Field(ge=1), Mark.TOKENS]
+def _not_tiny(value: float) -> float:
+    if value < 1 / LARGEST_FLOAT:
+        raise ValueError(f"must be at least {1 / LARGEST_FLOAT:g}")
+    return value
+
+
+LONGEST_TOKENS = 2**30
+"""No window or sequence is longer: positions are also counted in 32 bits."""
+LARGEST_FLOAT = 1e20
+"""No number of a recipe is larger, and no positive one smaller than its inverse: products of two of them still fit
+the range of fp32, in which losses and updates are computed."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+NumRanks = Annotated[int, Field(ge=1, le=4096)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST_FLOAT)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST_FLOAT), AfterValidator(_not_tiny)]
+NumTokens = Annotated[int, Field(ge=1, le=LONGEST_TOKENS), Mark.TOKENS]
 RecipePath = Annotated[Path, Field(strict=False), AfterValidator(_not_empty), Mark.PATH]
 """Absolute once loaded: `load_recipe` takes relative ones from the folder of the file that names them."""
 

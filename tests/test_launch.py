@@ -91,6 +91,20 @@ def test_usage_without_a_recipe(script: str) -> None:
     assert done.returncode == 2 and "recipe" in done.stderr.lower()
 
 
+@pytest.mark.parametrize("script", ["torchrun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("port", [None, "http", "99999"], ids=["busy", "a word", "too large"])
+def test_a_port_that_cannot_be_listened_on(script: str, port: str | None, tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = port or str(busy.getsockname()[1])
+        slurm = {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node0", "SLURM_SUBMIT_DIR": str(LAUNCH.parents[1])}
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        job = start(["bash", LAUNCH / script, "recipe.yaml"], **slurm, PATH=path, PORT=port, RANKS="1")
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2 and output.startswith(f"error: PORT {port}: is in use on") and output.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("check_environment", LAUNCH / "check_environment.py")

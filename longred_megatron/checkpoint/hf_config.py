@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from longred_megatron.checkpoint.weight_files import PICKLES
+from longred_megatron.errors import UserError
+from longred_megatron.files import read_json, reason
 
 CONFIG = "config.json"
 RECORD = "longred_megatron.json"  # of an export: see `huggingface.Record`
@@ -75,8 +77,11 @@ def widen_companions(folder: Path, old_window: int, new_window: int) -> None:
         path = folder / file
         if not path.is_file():
             continue
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if settings.get(key) == old_window:
+        try:
+            settings = read_json(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as JSON ({reason(error)}); download the file again") from None
+        if isinstance(settings, dict) and settings.get(key) == old_window:
             write_json(path, settings | {key: new_window})
 
 

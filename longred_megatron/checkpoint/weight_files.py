@@ -1,6 +1,6 @@
 """The safetensors files of a Hugging Face folder, read tensor by tensor where they are needed."""
 
-import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -8,10 +8,12 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from longred_megatron.dtypes import SAFETENSORS_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
+from longred_megatron.files import read_json, reason
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,6 +34,7 @@ class WeightFiles:
     def __init__(self, hf: Path) -> None:
         self.hf = Path(hf)
         self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._paths: dict[str, Path] = {}  # tensor name -> its file
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -39,11 +42,17 @@ class WeightFiles:
             listed = _listed_tensors(self.hf)
             for file in sorted(set(listed.values())):
                 opened = self._open(self.hf / file)
-                self._files |= dict.fromkeys(opened.keys(), opened)
-            lost = [name for name in listed if name and name not in self._files]
+                for name in tuple(opened.keys()):
+                    if name in self._files:
+                        raise UserError(
+                            f"{self.hf}: {self._paths[name].name} and {file} both hold the tensor {name}; remove the "
+                            f"one that does not belong there, and its entry in {INDEX}"
+                        )
+                    self._files[name], self._paths[name] = opened, self.hf / file
+            lost = [n for n, file in listed.items() if n and (n not in self._files or self._paths[n].name != file)]
             if lost:
                 raise UserError(
-                    f"{self.hf / INDEX}: lists tensors that the files do not hold: {_first(lost)}; "
+                    f"{self.hf / INDEX}: lists tensors that their files do not hold: {_first(lost)}; "
                     "download the model again"
                 )
         except BaseException:
@@ -58,8 +67,11 @@ class WeightFiles:
         return name in self._files
 
     def __getitem__(self, name: str) -> Any:
-        """The tensor as something to index: `files[name][0:10]` reads ten rows."""
-        return self._files[name].get_slice(name)
+        """The tensor as something to index: `files[name][0:10]` reads ten rows.
+
+        Indexing it raises UserError where the file cannot be read, or holds NaN or infinite numbers.
+        """
+        return _FiniteSlice(name, self._paths[name], self._files[name].get_slice(name))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape."""
@@ -110,23 +122,60 @@ class WeightFiles:
 
     def _open(self, file: Path) -> Any:
         try:
+            if file.exists() and not file.is_file():
+                raise ValueError("it is no file but a folder, a pipe or a device")
             return self._stack.enter_context(safe_open(file, framework="pt"))
         except FileNotFoundError:
             raise UserError(f"{file}: not found, but {INDEX} names it; download the file") from None
+        except Exception as error:  # of safetensors, whatever its header ends in
+            raise UserError(f"{file}: not a whole safetensors file ({reason(error)}); download it again") from None
+
+
+class _FiniteSlice:
+    """A tensor of a safetensors file. What is read of it has been looked at: it has neither NaN nor infinity."""
+
+    def __init__(self, name: str, file: Path, inner: Any) -> None:
+        self._name, self._file, self._inner = name, file, inner
+        self.get_shape, self.get_dtype = inner.get_shape, inner.get_dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        try:
+            part: Tensor = self._inner[index]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a whole safetensors file ({error}); download it again") from None
+            raise UserError(f"{self._file}: {self._name} cannot be read ({reason(error)}); try again") from None
+        # A sum is finite in nearly all cases, and takes no memory; where it is not it may just be too large.
+        if not part.sum().isfinite() and not (finite := part.isfinite()).all():
+            count = int((~finite).sum())
+            raise UserError(
+                f"{self._file}: the tensor {self._name} holds {count:,} NaN or infinite numbers; download the file "
+                "again, or use a checkpoint of before the training went wrong"
+            )
+        return part
+
+
+def _checked_map(index: Any) -> dict[str, str]:
+    """The `weight_map` of an index. Raises ValueError unless it names files of its own folder."""
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError("it has no weight_map, tensor name -> file name")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"it has {name} in {file!r:.100}, which is not the name of a safetensors file beside it")
+    return listed
 
 
 def _listed_tensors(hf: Path) -> dict[str, str]:
     """Tensor name -> file name; for a single file, which needs no list, the name is empty."""
-    if (hf / SINGLE).is_file():
+    if os.path.lexists(hf / SINGLE):
         return {"": SINGLE}
     index = hf / INDEX
-    if index.is_file():
+    if os.path.lexists(index):
         try:
-            return dict(json.loads(index.read_text())["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}: not an index of safetensors files ({error!r}); download it again") from None
+            return _checked_map(read_json(index))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{index}: not an index of safetensors files ({reason(error)}); download it again"
+            ) from None
     if hf.is_dir() and any(path.suffix in PICKLES for path in hf.iterdir()):
         raise UserError(f"{hf}: holds only pickled weights (*.bin); convert to safetensors; pickles are never loaded")
     raise UserError(f"{hf}: neither {SINGLE} nor {INDEX} is there; `hf` must be a folder with a model's weights")

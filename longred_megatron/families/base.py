@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from longred_megatron.errors import UserError
 from longred_megatron.families.weights import PaddedRows, Part, Rule, column_parallel, norm, row_parallel
-from longred_megatron.rope.frequencies import rope_types
+from longred_megatron.rope.frequencies import frequency_problem, rope_types
 
 Activation = Callable[[Any], Any]  # of a tensor, elementwise
 FAMILIES: dict[str, "Family"] = {}
@@ -197,10 +197,10 @@ class Family:
         """What of the model of a transformers config cannot be represented exactly, as sentences."""
         if config.hidden_act not in self.activations():
             supported = " or ".join(map(repr, self.activations()))
-            yield f"hidden_act {config.hidden_act!r} is not supported, only {supported}"
+            yield f"hidden_act {config.hidden_act!r:.60} is not supported, only {supported}"
         rope_type = config.rope_parameters.get("rope_type", "default")
         if rope_type not in self.rope_types():
-            yield f"rope_type {rope_type!r} is not supported; supported are {', '.join(self.rope_types())}"
+            yield f"rope_type {rope_type!r:.60} is not supported; supported are {', '.join(self.rope_types())}"
         if self.limits_attention(config):
             yield (
                 f"sliding_window {getattr(config, 'sliding_window', None)} limits attention, which this project does "
@@ -215,6 +215,11 @@ class Family:
             )
         if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             yield "partial_rotary_factor must be 1"
+        elif rope_type in self.rope_types():
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            parameters = {"rope_type": rope_type, **config.rope_parameters}
+            if problem := frequency_problem(parameters, head_dim, config.max_position_embeddings):
+                yield f"{problem}; correct the settings of RoPE"
 
     def architecture(self, config: Any) -> Architecture:
         """Of a transformers config without `problems`."""
@@ -307,5 +312,5 @@ class Family:
 def find_family(model_type: Any) -> Family:
     """Raises UserError for a model_type that no family has."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type {model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"model_type {model_type!r:.60} is not supported; supported are {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

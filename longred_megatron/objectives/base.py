@@ -27,8 +27,10 @@ from longred_megatron.settings import (
     renamed,
 )
 
-Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1), Mark.LAYERS]
+Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1, max_length=1000), Mark.LAYERS]
 """Layers numbered as in Hugging Face `hidden_states`, from 1, ascending; see `_layer_problems`."""
+
+MAX_MICROBATCHES = 1_000_000  # a step's order is a list of them
 
 
 class Tap(NamedTuple):
@@ -171,7 +173,7 @@ class Objective(Settings):
     if TYPE_CHECKING:
         kind: str
 
-    microbatches: PositiveInt = Field(
+    microbatches: Annotated[PositiveInt, Field(le=MAX_MICROBATCHES)] = Field(
         description="micro-batches of this objective per optimizer step, over all data-parallel replicas"
     )
     sequence_length: NumTokens = Field(description="tokens of one sequence")

@@ -16,7 +16,7 @@ from longred_megatron.kernels.divergence import Direction, linear_distillation
 from longred_megatron.kernels.linear_loss import NO_LABEL
 from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Term
 from longred_megatron.objectives.shared import masked_problems
-from longred_megatron.settings import Mark, PositiveFloat, PositiveInt
+from longred_megatron.settings import Mark, PositiveInt
 
 
 class PackedDistillation(Objective):
@@ -29,7 +29,9 @@ class PackedDistillation(Objective):
     direction: Direction = Field(
         "forward", description="of the divergence; forward: KL(teacher || student), as in arXiv 2511.06719"
     )
-    temperature: PositiveFloat = Field(1.0, description="divisor of both models' logits in the divergence")
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = Field(
+        1.0, description="divisor of both models' logits in the divergence"
+    )
     top_k: Annotated[PositiveInt, Mark.ENTRIES] | None = Field(
         None, description="the teacher's k likeliest tokens, and one bucket for all others; null: every token"
     )

@@ -9,13 +9,14 @@ from torch import Generator
 from longred_megatron.kernels.cosine_distance import cosine_distance
 from longred_megatron.objectives.base import Activations, Batch, Groups, Layers, Needs, Objective, Site, Tap, Term
 from longred_megatron.objectives.shared import natural_batch, size_problems
+from longred_megatron.settings import PositiveFloat
 
 
 class ShortRestoration(Objective):
     """Hidden states of chosen layers against the teacher's on short texts: sum over layers of 1 - cosine (L_short)."""
 
     kind: Literal["short_restoration"] = "short_restoration"
-    weight: float = Field(gt=0, description="factor of the loss in the step loss; LongReD's a1")
+    weight: PositiveFloat = Field(description="factor of the loss in the step loss; LongReD's a1")
     layers: Layers = Field(
         description="restored layers numbered as in Hugging Face hidden_states: 1 is the first layer's output"
     )

@@ -11,13 +11,14 @@ from longred_megatron.kernels import positions
 from longred_megatron.kernels.cosine_distance import cosine_distance
 from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Tap, Term
 from longred_megatron.objectives.shared import natural_batch, size_problems
+from longred_megatron.settings import PositiveFloat
 
 
 class ShortToLong(Objective):
     """Last hidden state at skipped positions against the teacher's at natural ones: 1 - cosine (L_s2l)."""
 
     kind: Literal["short_to_long"] = "short_to_long"
-    weight: float = Field(gt=0, description="factor of the loss in the step loss; LongReD's a2")
+    weight: PositiveFloat = Field(description="factor of the loss in the step loss; LongReD's a2")
     positions: Literal["cream", "uniform", "natural"] = Field(
         description="how the student's positions spread over the target window"
     )

@@ -1,10 +1,14 @@
 """The ranks of a small world as processes of this machine: by torchrun, or without it for rehearsals and tests."""
 
 import multiprocessing
+import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +26,38 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
 
     `join(name)` enters a fresh gloo world of all of them; after leaving it, another of another name can be entered.
     The processes are forked from one that has imported the function's module, so that its imports are paid for once.
+    None of them outlives this call, whatever ends it, or this process.
 
     Raises:
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: the first failure; the others are ended.
     """
     multiprocessing.set_forkserver_preload([function.__module__])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(
-            _rank, args=(num_ranks, Path(folder), function, arguments), nprocs=num_ranks, start_method="forkserver"
-        )
+        try:
+            context = torch.multiprocessing.start_processes(
+                _rank,
+                args=(num_ranks, Path(folder), function, arguments),
+                nprocs=num_ranks,
+                start_method="forkserver",
+                join=False,
+            )
+            while not context.join(grace_period=1):
+                pass
+        except (KeyboardInterrupt, SystemExit):
+            # It would take seconds to leave, with the terminal in its hands; the next call starts another.
+            if (server := forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]
+                os.kill(server, signal.SIGKILL)
+            raise
+        finally:  # Ctrl-C and SIGTERM too, which a rank itself takes as a wish to stop after the step
+            ranks = multiprocessing.active_children()  # also where starting them was cut short
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
 
 
 def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
     def join(name: str) -> None:
@@ -43,3 +67,11 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None]
         )
 
     function(join, *arguments)
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of the process that called `run_ranks`, even by `kill -9`, and ends this one at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -8,6 +8,7 @@ from longred_megatron.families import Architecture
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.problems import nearest
 from longred_megatron.recipe.schema import Recipe
+from longred_megatron.rope.frequencies import frequency_problem
 
 
 def check_phases(phases: Sequence[Phase], world_size: int, *, gpu: bool | None = None) -> list[str]:
@@ -61,9 +62,14 @@ def _window_problems(recipe: Recipe, architecture: Architecture) -> Iterator[str
 def _rope_problems(phase: Phase) -> Iterator[str]:
     method, source = phase.recipe.model.rope, phase.rope_source
     found = list(method.problems("model.rope", source))
-    yield from found
-    written = None if found else method.extended(source)["rope_type"]
-    if written and written not in phase.source.rope_types:
+    if found:
+        yield from found
+        return
+    extended = method.extended(source)
+    if problem := frequency_problem(extended, source.head_dim, source.target_window):
+        yield f"`model.rope` with its settings on model.hf: {problem}; change them"
+    written = extended["rope_type"]
+    if written not in phase.source.rope_types:
         yield (
             f"`model.rope.method` is {method.method!r}: transformers does not read {written} RoPE in a "
             f"{phase.source.family} model, so the trained model could not be exported; use abf or none"
@@ -240,5 +246,6 @@ def _even_split(number: int, parts: int) -> str:
 
 def _divisors(number: int, value: int) -> str:
     """The divisors of `number` on both sides of `value`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
     return listed([*[d for d in divisors if d < value][-1:], *[d for d in divisors if d > value][:1]])

@@ -9,13 +9,17 @@ import yaml
 from pydantic import ValidationError
 
 from longred_megatron.errors import UserError
+from longred_megatron.files import read_text, reason
 from longred_megatron.objectives.base import Objective
 from longred_megatron.recipe import problems, recipe_yaml
-from longred_megatron.recipe.schema import Recipe
+from longred_megatron.recipe.schema import MAX_PHASES, Recipe
 from longred_megatron.settings import Mark, convert_marked, marked_keys
 
 # What a phase may change; the rest is the same for a whole run.
 PHASE_KEYS = tuple(marked_keys(Recipe, Mark.PHASE))
+MAX_PROBLEMS = 50  # of one message
+MAX_BASES = 16
+MAX_KEY_DEPTH = 8  # names of an override's key; the deepest has 5
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -37,7 +41,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     found += recipe_yaml.key_problems(values)
     found += problems.of_recipe(values) + _phase_problems(values)
     if found:
-        raise UserError(*found)
+        more = len(found) - MAX_PROBLEMS
+        raise UserError(*found[:MAX_PROBLEMS], *([f"and {more:,} more"] if more > 0 else []))
     return Recipe.model_validate(values)
 
 
@@ -56,6 +61,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def _read_chain(path: Path, found: list[str], seen: tuple[Path, ...]) -> dict[str, Any]:
     """The mapping of `path` merged over its base's, and so on up; appends to `found` what can wait."""
+    if len(seen) > MAX_BASES:
+        raise UserError(f"{seen[0]}: more than {MAX_BASES} recipes, each the `base` of the one before; join some")
     if path in seen:
         raise UserError(f"{seen[0]}: `base` goes in a circle: " + " -> ".join(map(str, (*seen, path))))
     values = _read_file(path, found, named_by=seen[-1] if seen else None)
@@ -72,13 +79,15 @@ def _read_chain(path: Path, found: list[str], seen: tuple[Path, ...]) -> dict[st
 def _read_file(path: Path, found: list[str], named_by: Path | None) -> dict[str, Any]:
     where = f"{path} (the base of {named_by})" if named_by else str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, recipe_yaml.MAX_BYTES)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(f"{where}: a link to {path.readlink()}, which does not exist; correct it") from None
         nearby = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = problems.nearest(path.name, nearby)
         raise UserError(f"{where}: no such recipe" + (f"; did you mean {hint}?" if hint else "")) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read as a text file: {error}") from None
+        raise UserError(f"{where!r}: cannot be read as a recipe ({reason(error)})") from None
     try:
         values, duplicates = recipe_yaml.parse(text)
     except yaml.YAMLError as error:
@@ -104,9 +113,9 @@ def _read_overrides(overrides: Sequence[str], found: list[str]) -> dict[str, Any
         try:
             value, duplicates = recipe_yaml.parse(text)
         except yaml.YAMLError as error:
-            found.append(f"override {override!r}: not valid YAML: {recipe_yaml.explain(error)}")
+            found.append(f"override {problems.shown(override)}: not valid YAML: {recipe_yaml.explain(error)}")
             continue
-        found += [f"override {override!r}: {duplicate}" for duplicate in duplicates]
+        found += [f"override {problems.shown(override)}: {duplicate}" for duplicate in duplicates]
         for name in reversed(key.split(".")):
             value = {name: value}
         combined = _merge(combined, value)
@@ -155,7 +164,7 @@ def _merge_into_phases(values: dict[str, Any], changes: dict[str, Any], found: l
 def _phase_problems(values: dict[str, Any]) -> list[str]:
     """What is wrong with each phase, beside what it shares with the recipe."""
     phases, found = values.get("phases"), []
-    if not isinstance(phases, list):
+    if not isinstance(phases, list) or len(phases) > MAX_PHASES:
         return []
     recipe = {**values, "phases": None}
     try:  # as `phases_of` has it
@@ -192,8 +201,8 @@ def _key_problem(override: str) -> str | None:
     key, equals, _ = override.partition("=")
     keys = key.split(".")
     blend = keys[2:] if keys[0] == "phases" else keys
-    if not equals or not all(keys) or key.startswith("-"):
-        return f"override {override!r}: must look like training.steps=100 (section.key=value)"
+    if not equals or not all(keys) or key.startswith("-") or len(keys) > MAX_KEY_DEPTH:
+        return f"override {problems.shown(override)}: must look like training.steps=100 (section.key=value)"
     if key == "base":
         return "override `base`: a base cannot be given on the command line; write it into a recipe"
     if blend[:1] == ["data"] and len(blend) > 2:

@@ -24,9 +24,9 @@ _RULES = {
     "model_attributes_type": "must be a mapping (key: value)",
     "string_too_short": "must not be empty",
     "greater_than": "must be greater than {gt:g}",
-    "greater_than_equal": "must be at least {ge:g}",
-    "less_than": "must be less than {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
     "too_short": "must have at least {min_length} entries, has {actual_length}",
     "too_long": "must have at most {max_length} entries, has {actual_length}",
@@ -89,10 +89,13 @@ def _sentence(details: dict[str, Any], where: str) -> str:
     if value is None:
         advice = "give it a value" if field is None or field.is_required() else "give it a value or leave the key out"
         return f"`{path}` is null, which is not allowed here: {advice}{reason}"
-    rule = _RULES[kind].format(**details.get("ctx", {})) if kind in _RULES else details["msg"]
+    context = details.get("ctx", {})
+    if kind == "too_long":
+        context = context | {"actual_length": len(value)}  # of a mapping pydantic does not say it
+    rule = _RULES[kind].format(**context) if kind in _RULES else details["msg"]
     if isinstance(value, Mapping) and kind == "value_error":
         return f"`{path}` {rule}"
-    return f"`{path}` is {_shown(value)}: {rule}{reason}"
+    return f"`{path}` is {shown(value)}: {rule}{reason}"
 
 
 def _unknown_key(path: str, siblings: list[str]) -> str:
@@ -134,6 +137,7 @@ def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str
     return ".".join(shown), field, siblings, sections_of(here)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 80 else text[:77] + "..."

@@ -43,6 +43,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+MAX_BYTES = 2**18  # of a recipe; PyYAML takes seconds for one of this size
+_MAX_DEPTH, _MAX_VALUES = 40, 50_000
+_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes every text that either the loader above or a YAML 1.1 reader would take for something else."""
 
@@ -65,12 +70,50 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def parse(text: str) -> tuple[Any, list[str]]:
-    """The value of a YAML document, and a sentence for every key given twice. Raises yaml.YAMLError."""
+    """The value of a YAML document, and a sentence for every key given twice.
+
+    Raises yaml.YAMLError, also for what no recipe needs: tags of Python's objects, merges, nesting by the thousand,
+    aliases that multiply or lead to themselves.
+    """
     loader = _Loader(text)
     try:
-        return loader.get_single_data(), loader.duplicates
+        node = loader.get_single_node()
+        if node is None:
+            return None, []
+        _num_values(node, {}, 0)
+        return loader.construct_document(node), loader.duplicates
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, KeyError, OverflowError) as error:  # `!!int x`, a number of 5,000 digits
+        raise yaml.YAMLError(f"a value is not what its tag says ({error})") from None
     finally:
         loader.dispose()
+
+
+def _num_values(node: yaml.Node, known: dict[yaml.Node, int], depth: int) -> int:
+    """The values of a document below `node`, aliases written out. known: of the nodes that have been counted.
+
+    Raises yaml.MarkedYAMLError where `parse` refuses one of them.
+    """
+    if node in known:
+        problem = "an alias leads to itself" if known[node] == 0 else None
+    elif node.tag not in _TAGS:
+        problem = f"the tag {node.tag!r} has no place in a recipe"
+    elif depth > _MAX_DEPTH:
+        problem = f"nested more than {_MAX_DEPTH} deep"
+    elif isinstance(node, yaml.ScalarNode):
+        bad = "\0" in node.value or any("\ud800" <= character <= "\udfff" for character in node.value)
+        problem = "a text with a NUL or half of a surrogate pair" if bad else None
+        known[node] = 1
+    else:
+        known[node] = 0  # until it is known
+        pairs = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if pairs else node.value
+        known[node] = 1 + sum(_num_values(part, known, depth + 1) for part in parts)
+        problem = f"more than {_MAX_VALUES:,} values" if known[node] > _MAX_VALUES else None
+    if problem:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+    return known[node]
 
 
 def dump(values: dict[str, Any]) -> str:

@@ -15,7 +15,18 @@ from longred_megatron.layout import Parallel, Precision
 from longred_megatron.objectives import KINDS, AnyObjective
 from longred_megatron.objectives.base import Teacher
 from longred_megatron.rope import METHODS, Rope
-from longred_megatron.settings import Mark, NumTokens, PositiveFloat, PositiveInt, RecipePath, Settings
+from longred_megatron.settings import (
+    Mark,
+    NonNegativeFloat,
+    NumTokens,
+    PositiveFloat,
+    PositiveInt,
+    RecipePath,
+    Settings,
+)
+
+MINUTES_OF_A_YEAR = 525_600  # past some centuries, timers overflow
+MAX_PHASES, MAX_OBJECTIVES, MAX_DATA_SETS = 256, 64, 256  # a slip of a loop is told in a second
 
 
 class Model(Settings):
@@ -58,7 +69,10 @@ def _metric_name(name: str) -> str:
 
 
 Objectives = Annotated[
-    dict[Annotated[str, AfterValidator(_metric_name)], AnyObjective], BeforeValidator(_with_kinds), Mark.PHASE
+    dict[Annotated[str, AfterValidator(_metric_name)], AnyObjective],
+    Field(max_length=MAX_OBJECTIVES),
+    BeforeValidator(_with_kinds),
+    Mark.PHASE,
 ]
 """What a step trains: a name of the user's -> settings; a name that is a kind needs no `kind`."""
 
@@ -77,25 +91,23 @@ class Optimizer(Settings):
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="course of the learning rate after warm-up; LongReD: constant"
     )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps of linear warm-up from 0; LongReD: none")
-    min_lr: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="learning rate at the last step of cosine and linear"
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0, description="steps of linear warm-up from 0; LongReD: none"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="decoupled weight decay; default as in LongReD"
-    )
+    min_lr: NonNegativeFloat = Field(0.0, description="learning rate at the last step of cosine and linear")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay; default as in LongReD")
     betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = Field((0.9, 0.95), description="Adam's two decay rates; defaults as in LongReD")
     eps: PositiveFloat = Field(1e-8, description="Adam's epsilon; default as in LongReD")
-    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
+    clip_grad: NonNegativeFloat = Field(1.0, description="largest global gradient norm; 0: no clipping")
 
 
 class Training(Settings):
     """Length of the run, and what it keeps."""
 
     steps: Annotated[PositiveInt, Mark.PHASE] = Field(description="optimizer steps")
-    seed: Annotated[int, Field(ge=0)] = Field(
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
         2024, description="seed of data order and skipped positions; default as in LongReD"
     )
     recompute: Annotated[Literal["none", "selective", "full"], Mark.PHASE, Mark.FREE] = Field(
@@ -111,7 +123,7 @@ class Training(Settings):
     keep_checkpoints: Annotated[PositiveInt, Mark.FREE] = Field(
         3, description="newest checkpoints kept; more than one, so that a damaged one costs little"
     )
-    hang_minutes: Annotated[PositiveFloat, Mark.FREE] = Field(
+    hang_minutes: Annotated[PositiveFloat, Field(le=MINUTES_OF_A_YEAR), Mark.FREE] = Field(
         30.0, description="without progress on a rank before the job ends, naming the rank that holds up the others"
     )
 
@@ -140,15 +152,17 @@ class Recipe(Settings):
     )
     step: Annotated[MicroBatchSize, Mark.PHASE] = Field(description="the micro-batch")
     objectives: Objectives = Field(description="what a step trains: name -> settings")
-    data: Annotated[dict[str, Blend], Mark.PHASE] = Field(description="data sets: name -> {prefix: weight}")
+    data: Annotated[dict[str, Blend], Field(max_length=MAX_DATA_SETS), Mark.PHASE] = Field(
+        description="data sets: name -> {prefix: weight}"
+    )
     parallel: Annotated[Parallel, Mark.FREE] = Field(Parallel(), description="layout over ranks")
     precision: Precision = Field(Precision(), description="number formats")
     optimizer: Annotated[Optimizer, Mark.PHASE] = Field(description="AdamW and its schedule")
     training: Training = Field(description="length of the run")
     debug: Annotated[Debug, Mark.FREE] = Field(Debug(), description="aids for checking a run")
     run: Run = Field(description="where the results go")
-    phases: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1)] | None = Field(
-        None, description="parts of the run in order, each a mapping of changes to this recipe; see `phases_of`"
+    phases: Annotated[tuple[dict[str, Any], ...], Field(strict=False, min_length=1, max_length=MAX_PHASES)] | None = (
+        Field(None, description="parts of the run in order, each a mapping of changes to this recipe; see `phases_of`")
     )
 
     @model_validator(mode="before")

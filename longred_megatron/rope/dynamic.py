@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from longred_megatron.rope.base import RopeMethod, RopeSource, scaled_twice_problems
+from longred_megatron.settings import LARGEST_FLOAT
 
 
 class DynamicRope(RopeMethod):
@@ -16,7 +17,7 @@ class DynamicRope(RopeMethod):
     """
 
     method: Literal["dynamic"] = "dynamic"
-    factor: Annotated[float, Field(ge=1)] | None = Field(
+    factor: Annotated[float, Field(ge=1, le=LARGEST_FLOAT)] | None = Field(
         None, description="how fast the base grows with the length; left out: target window / original window"
     )
 

@@ -4,6 +4,7 @@ A RoPE is a plain dict in the form of transformers' `rope_parameters`: `rope_typ
 that type. Some types depend on the length at hand: the largest position of a forward call + 1.
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +55,22 @@ def inverse_frequencies(
     # Past the window transformers reckons with a tensor, in fp32; up to it, with Python's numbers.
     seq_len = length if length <= max_position_embeddings else torch.tensor(length)
     return ROPE_INIT_FUNCTIONS[rope_type](config, seq_len=seq_len)
+
+
+def frequency_problem(rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int) -> str | None:
+    """What keeps `inverse_frequencies` from positive, finite numbers, in words; None: nothing."""
+    for length in (1, LONGER_THAN_ANY):
+        try:
+            frequencies, factor = inverse_frequencies(rope_parameters, head_dim, max_position_embeddings, length)
+        except KeyError as error:
+            return f"RoPE lacks its setting {error}"
+        except Exception as error:  # transformers checks little: whatever its arithmetic ends in
+            return f"RoPE's frequencies cannot be computed ({' '.join(str(error).split())})"
+        if frequencies.shape != (head_dim // 2,):
+            return f"RoPE has {frequencies.numel()} frequencies for the {head_dim // 2} pairs of a head"
+        if not (frequencies.isfinite().all() and (frequencies > 0).all() and 0 < factor < math.inf):
+            return "RoPE's frequencies or its attention factor are not positive, finite numbers"
+    return None
 
 
 def same_frequencies(rope_parameters: dict[str, Any], head_dim: int, window: int, other_window: int) -> bool:

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from longred_megatron.rope.base import RopeMethod, RopeSource, scaled_twice_problems
-from longred_megatron.settings import PositiveFloat
+from longred_megatron.settings import LARGEST_FLOAT, PositiveFloat
 
-Factors = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
+Factors = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1, max_length=4096)]
 
 
 class LongRope(RopeMethod):
@@ -23,7 +23,7 @@ class LongRope(RopeMethod):
         description="divisors of the frequencies up to the original window, head_dim / 2 numbers, the fastest first"
     )
     long_factor: Factors = Field(description="the same above the original window")
-    factor: Annotated[float, Field(ge=1)] | None = Field(
+    factor: Annotated[float, Field(ge=1, le=LARGEST_FLOAT)] | None = Field(
         None, description="what the attention factor is made from; left out: target window / original window"
     )
     attention_factor: PositiveFloat | None = Field(

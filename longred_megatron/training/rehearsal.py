@@ -70,11 +70,16 @@ def rehearse(recipe: Recipe) -> None:
         phases = read_phases(small)
         print(phases_summary(phases, rehearsal.num_ranks), flush=True)
         path = folder / "recipe.yaml"
-        path.write_text(dump_recipe(small))
+        path.write_text(dump_recipe(small), encoding="utf-8")
         try:
             run_ranks(_rank, rehearsal.num_ranks, path, folder)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            raise UserError(f"the rehearsal failed on rank {error.error_index}: {error}") from None
+        except ProcessExitedException as error:
+            raise UserError(f"the rehearsal failed: {error}; is there enough memory?") from None
+        except ProcessRaisedException as error:
+            _, is_users, problems = str(error).partition(f"{UserError.__module__}.{UserError.__qualname__}: ")
+            if not is_users:
+                raise
+            raise UserError(*problems.strip().splitlines()) from None
         model = AutoModelForCausalLM.from_pretrained(small.run.dir / "hf")
         logits = model(torch.zeros(1, 4, dtype=torch.int64)).logits
         if not logits.isfinite().all():
@@ -251,7 +256,7 @@ def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:
         phases, groups = read_phases(recipe), initialize(recipe.parallel, recipe.training.seed)
         run = train(recipe, phases, open_data(phases), groups)
         rank = torch.distributed.get_rank()
-        (folder / f"rank-{rank}.json").write_text(json.dumps(_description(run)))
+        (folder / f"rank-{rank}.json").write_text(json.dumps(_description(run)), encoding="utf-8")
         destroy()
 
 
@@ -281,7 +286,7 @@ def _spans(numbers: range) -> str:
 
 
 def _report(folder: Path, num_ranks: int) -> str:
-    rows = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+    rows = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(num_ranks)]
     table = [["rank", *rows[0]], *([str(rank), *row.values()] for rank, row in enumerate(rows))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(

@@ -142,7 +142,10 @@ def test_none_keeps_the_source(source: dict[str, Any]) -> None:
         ({"method": "pi", "factor": 4.0, "beta_fast": 32}, "beta_fast\n.*not permitted"),
         ({"method": "yarn", "factor": 4.0, "beta_fats": 32}, "beta_fats\n.*not permitted"),
         ({"method": "dynamic", "factor": 0.5}, "factor\n.*greater than or equal to 1"),
-        ({"method": "longrope", "short_factor": [0.0], "long_factor": [1]}, "short_factor.0\n.*greater than 0"),
+        (
+            {"method": "longrope", "short_factor": [0.0], "long_factor": [1]},
+            "short_factor.0\n.*greater than 0",
+        ),
     ],
 )
 def test_settings_that_no_method_has_are_refused(value: Any, message: str) -> None:

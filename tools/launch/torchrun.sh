@@ -28,6 +28,15 @@ if [ -z "${RANKS:-}" ]; then
     [ "$RANKS" -gt 0 ] || RANKS=1
 fi
 
+# Tried first, on the machine that will listen on it: torchrun says it in pages.
+try_port='
+import socket, sys
+try:
+    socket.create_server(("", int(sys.argv[1])))
+except (OSError, ValueError, OverflowError):
+    sys.exit(f"error: PORT {sys.argv[1]}: is in use on this machine, or no port; set PORT to a free one everywhere")'
+[ "${NODE_RANK:-0}" != 0 ] || "$PYTHON" -c "$try_port" "${PORT:-29500}" || exit 2
+
 launch() {
     "$PYTHON" -m torch.distributed.run \
         --nnodes "${NODES:-1}" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$RANKS" \
