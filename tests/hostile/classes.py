@@ -1,0 +1,12 @@
+"""The classes of hostile cases, by name: each a generator of cases."""
+
+from collections.abc import Callable, Iterator
+
+from tests.hostile import code_execution, old_results, sound
+from tests.hostile.case import Case
+
+CLASSES: dict[str, Callable[[], Iterator[Case]]] = {
+    "sound": sound.cases,
+    "code_execution": code_execution.cases,
+    "old_results": old_results.cases,
+}

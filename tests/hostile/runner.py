@@ -1,0 +1,311 @@
+"""Runs cases: each in a copy of the bench, in a child of this process, which has imported everything and runs no threads."""
+
+import atexit
+import hashlib
+import importlib
+import os
+import pickle
+import re
+import resource
+import runpy
+import shutil
+import signal
+import stat
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.hostile import bench
+from tests.hostile.case import Case
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {name: ROOT / "tools" / f"{name}.py" for name in (
+    "prepare_data", "evaluate", "convert_checkpoint", "make_demo_texts", "make_smollm2"
+)}  # fmt: skip
+TRAIN = "longred_megatron.train"
+WARM = (
+    "torch", "transformers", "megatron.core", "pyarrow.parquet", "sentencepiece", "yaml", TRAIN,
+    "longred_megatron.training.rehearsal", "longred_megatron.checkpoint.convert", "longred_megatron.data.prepare",
+    "longred_megatron.evaluation.evaluate", "transformers.models.auto.modeling_auto", "tests.hostile.bench",
+    "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.auto.tokenization_auto", "torch.utils.tensorboard",
+    "megatron.core.datasets.indexed_dataset", "megatron.core.models.gpt", "longred_megatron.training.microbatches",
+)  # fmt: skip
+NOBODY = 65534
+MEMORY_LIMIT_BYTES = 24 << 30  # of addresses: torch maps many that it never uses
+QUIET = {
+    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+}  # fmt: skip
+BUILD_SECONDS = 120.0
+
+type Snapshot = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case. code: negative for a signal; leftovers: what changed that may not."""
+
+    case: Case
+    code: int
+    stdout: str
+    stderr: str
+    leftovers: tuple[str, ...]
+    seconds: float
+    complaints: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.complaints
+
+    @property
+    def first_line(self) -> str:
+        lines = [line for line in self.stderr.splitlines() if re.match(r"(\S+: )?error: ", line)]
+        return (lines or self.stderr.splitlines() or self.stdout.splitlines() or [""])[0]
+
+
+def warm() -> None:
+    """Imports everything, so that a child starts in milliseconds."""
+    os.environ.update(QUIET)
+    sys.path.insert(0, str(ROOT / "tools"))
+    for name in WARM:
+        importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)
+
+
+def run_cases(cases: Iterable[Case], folder: Path, jobs: int = 2) -> Iterator[Outcome]:
+    """Runs cases side by side below `folder`, a bench for each place; yields outcomes as they come."""
+    places = [folder / f"place-{number}" for number in range(jobs)]
+    for building in [_Child(place, lambda place=place: _build(place), BUILD_SECONDS) for place in places]:
+        if (code := building.wait()) != 0:
+            raise RuntimeError(f"the bench cannot be built ({code}): {building.output('stderr')[-2000:]}")
+    for place in places:
+        (place / "here").rename(place / "bench")
+    waiting, running = list(cases)[::-1], {}
+    while waiting or running:
+        for place in places:
+            if place not in running and waiting:
+                case = waiting.pop()
+                running[place] = _Child(place, lambda place=place, case=case: _run(place, case), case.seconds, case)
+            if place in running and running[place].ended():
+                yield _judge(running.pop(place))
+        time.sleep(0.005)
+
+
+class _Child:
+    """A forked process that calls `function` with its output in files, in a process group of its own."""
+
+    def __init__(self, place: Path, function: Callable[[], Any], seconds: float, case: Case | None = None) -> None:
+        self.place, self.case, self.code = place, case, 0
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("before", "command"):
+            (place / name).unlink(missing_ok=True)
+        (place / "stdin").write_text("y\n" * 100)  # yes to whatever is asked
+        self.started, self.signalled, self.limit = time.monotonic(), None, seconds
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(place, function)
+
+    def ended(self) -> bool:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.seconds = time.monotonic() - self.started
+            self.code = os.waitstatus_to_exitcode(status)
+            self._end_group()
+            return True
+        self._interrupt()
+        if time.monotonic() - self.started > self.limit:
+            os.killpg(self.pid, signal.SIGKILL)
+        return False
+
+    def wait(self) -> int:
+        while not self.ended():
+            time.sleep(0.02)
+        return self.code
+
+    def output(self, name: str) -> str:
+        return (self.place / name).read_text(encoding="utf-8", errors="replace")
+
+    def _interrupt(self) -> None:
+        interrupt = self.case.interrupt if self.case else None
+        if interrupt and self.signalled is None and (self.place / "before").exists() and interrupt.when(self.work):
+            os.kill(self.pid, interrupt.number)
+            self.signalled = time.monotonic()
+
+    def _end_group(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+            self.left_processes = True
+        except ProcessLookupError:
+            self.left_processes = False
+
+    @property
+    def work(self) -> Path:
+        return self.place / "here" / "work"
+
+
+def _become(place: Path, function: Callable[[], Any]) -> NoReturn:
+    """In the child: never returns to the parent's frames."""
+    code = 1
+    try:
+        os.setsid()
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            file = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, number)
+        os.dup2(os.open(place / "stdin", os.O_RDONLY), 0)
+        function()
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+    try:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _build(place: Path) -> None:
+    work = place / "here" / "work"
+    for folder in (work, place / "here" / "tmp", place / "here" / "home"):
+        folder.mkdir(parents=True)
+    bench.write_inputs(work)
+    os.chdir(work)
+    for command in bench.COMMANDS:
+        pid = os.fork()
+        if pid == 0:
+            _become(place, lambda command=command: _call(command))
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
+            raise RuntimeError(f"{command}: {(place / 'stderr').read_text()}")
+
+
+def _run(place: Path, case: Case) -> None:
+    here = place / "here"
+    remove(here)
+    shutil.copytree(place / "bench", here, symlinks=True)
+    work = here / "work"
+    try:
+        os.chdir(work)
+        case.prepare(work)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(99)
+    if case.unprivileged and os.getuid() == 0:
+        for path in (here, *here.rglob("*")):
+            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    (place / "before").write_bytes(pickle.dumps(snapshot(here)))
+    os.environ.update(TMPDIR=str(here / "tmp"), HOME=str(here / "home"))
+    for name, value in case.environment.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    if case.file_limit_bytes:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_limit_bytes,) * 2)
+    if case.unprivileged and os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+    command = tuple(word.replace("{here}", str(work)) for word in case.command)
+    _call(command) if case.forked else _exec(command)
+
+
+def _call(command: tuple[str, ...]) -> None:
+    """The program's own last lines, as Python runs them, in this process."""
+    program, *arguments = command
+    import tempfile
+
+    tempfile.tempdir = None
+    sys.argv = [program, *arguments]
+    if program == "train":
+        sys.modules.pop(TRAIN, None)
+        runpy.run_module(TRAIN, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(PROGRAMS[program]), run_name="__main__")
+
+
+def _exec(command: tuple[str, ...]) -> None:
+    program, *arguments = command
+    os.environ["PYTHONPATH"] = str(ROOT)
+    if program == "sh":
+        os.execvp("bash", ["bash", "-c", arguments[0]])
+    start = ["-m", TRAIN] if program == "train" else [str(PROGRAMS[program])]
+    os.execv(sys.executable, [sys.executable, *start, *arguments])
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Every path below `folder`, and what is there: kind, mode, content."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            content = os.readlink(path) if path.is_symlink() else ""
+        found[str(path.relative_to(folder))] = f"{mode:o} {content}"
+    return found
+
+
+def remove(folder: Path) -> None:
+    """Removes a folder, and in it those that a case has locked."""
+    for path, _, _ in os.walk(folder):
+        Path(path).chmod(0o700)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _judge(child: _Child) -> Outcome:
+    case, place = child.case, child.place
+    assert case is not None
+    stdout, stderr = child.output("stdout"), child.output("stderr")
+    leftovers: tuple[str, ...] = ()
+    complaints = []
+    if not (place / "before").exists():
+        complaints.append(f"the case cannot be prepared: {stderr[-600:]}")
+    else:
+        before: Snapshot = pickle.loads((place / "before").read_bytes())
+        leftovers = tuple(_changes(before, snapshot(place / "here"), case, child.code))
+        complaints += _complaints(case, child, stdout, stderr)
+        complaints += [f"left: {', '.join(leftovers[:6])}"] if leftovers else []
+        if case.check and (found := case.check(child.work)):
+            complaints.append(found)
+    return Outcome(case, child.code, stdout, stderr, leftovers, child.seconds, tuple(complaints))
+
+
+def _changes(before: Snapshot, after: Snapshot, case: Case, code: int) -> Iterator[str]:
+    allowed = [f"work/{path}" for path in (*case.writes, *(["out"] if code == 0 else []))]
+    for path in sorted(before.keys() | after.keys()):
+        same = before.get(path) == after.get(path)
+        if same or any(path == each or path.startswith(f"{each}/") for each in allowed):
+            continue
+        kind = "+" if path not in before else "-" if path not in after else "~"
+        yield f"{kind}{path.removeprefix('work/')}"
+
+
+def _complaints(case: Case, child: _Child, stdout: str, stderr: str) -> Iterator[str]:
+    if child.seconds > child.limit:
+        yield f"took more than {child.limit:.0f} s"
+    elif child.code not in case.codes:
+        yield f"exit code {child.code}, not {' or '.join(map(str, case.codes))}"
+    if "Traceback" in stdout + stderr:
+        yield f"a traceback: {(stderr.strip() or stdout.strip()).splitlines()[-1]}"
+    messages = re.findall(r"^(?:\S+: )?error: ", stderr, re.MULTILINE)
+    if child.code == 2 and len(messages) != 1:
+        yield f"{len(messages)} messages"
+    if child.code in case.codes:
+        text = stderr if child.code == 2 else stdout + stderr
+        for pattern in case.says:
+            if not re.search(pattern, text, re.IGNORECASE):
+                yield f"does not say /{pattern}/"
+    if case.interrupt and child.signalled is None:
+        yield "ended before it was interrupted"
+    elif case.interrupt and child.seconds - (child.signalled - child.started) > case.interrupt.within_seconds:
+        yield f"ended {child.seconds - (child.signalled - child.started):.1f} s after the signal"
+    if child.left_processes and not case.background:
+        yield "left processes"
