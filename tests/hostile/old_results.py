@@ -163,8 +163,7 @@ def tensors() -> Iterator[Case]:
             if name != "flipped":  # another number is a sound one
                 yield Case(f"{reader}: model.safetensors {name}", command, prepare, says=("model",))
         yield Case(f"{reader}: two shards hold a tensor", command, twice, says=(re.escape(TENSOR),))
-        for name, edit, words in HARMLESS = ("names the other file", "leaves out a tensor")
-INDEXES:
+        for name, edit, words in INDEXES:
             prepare = in_turn(sharded, edit_json(f"model/{INDEX}", edit))
             # One that is wrong about files of the folder changes nothing: they are asked themselves.
             code, words = ((0, 2), "") if name in HARMLESS else (2, words)

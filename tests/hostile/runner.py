@@ -1,6 +1,7 @@
 """Runs cases: each in a copy of the bench, in a child of this process, which has imported everything and runs no threads."""
 
 import atexit
+import ctypes
 import hashlib
 import importlib
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,7 +37,6 @@ WARM = (
     "transformers.models.auto.tokenization_auto", "torch.utils.tensorboard",
     "megatron.core.datasets.indexed_dataset", "megatron.core.models.gpt", "longred_megatron.training.microbatches",
 )  # fmt: skip
-NOBODY = 65534
 MEMORY_LIMIT_BYTES = 24 << 30  # of addresses: torch maps many that it never uses
 QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -81,7 +82,7 @@ def run_cases(cases: Iterable[Case], folder: Path, jobs: int = 2) -> Iterator[Ou
     places = [folder / f"place-{number}" for number in range(jobs)]
     for building in [_Child(place, lambda place=place: _build(place), BUILD_SECONDS) for place in places]:
         if (code := building.wait()) != 0:
-            raise RuntimeError(f"the bench cannot be built ({code}): {building.output('stderr')[-2000:]}")
+            raise RuntimeError(f"the bench cannot be built ({code}): {building.stderr[-2000:]}")
     for place in places:
         (place / "here").rename(place / "bench")
     waiting, running = list(cases)[::-1], {}
@@ -101,21 +102,27 @@ class _Child:
     def __init__(self, place: Path, function: Callable[[], Any], seconds: float, case: Case | None = None) -> None:
         self.place, self.case, self.code = place, case, 0
         place.mkdir(parents=True, exist_ok=True)
-        for name in ("before", "command"):
-            (place / name).unlink(missing_ok=True)
+        (place / "before").unlink(missing_ok=True)
         (place / "stdin").write_text("y\n" * 100)  # yes to whatever is asked
         self.started, self.signalled, self.limit = time.monotonic(), None, seconds
+        self._pipes, self._printed = (os.pipe(), os.pipe()), (bytearray(), bytearray())
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(place, function)
+            become(function, place / "stdin", *(writing for _, writing in self._pipes))
+        for reading, writing in self._pipes:
+            os.close(writing)
+            os.set_blocking(reading, False)
 
     def ended(self) -> bool:
         pid, status = os.waitpid(self.pid, os.WNOHANG)
+        self._read()
         if pid:
             self.seconds = time.monotonic() - self.started
             self.code = os.waitstatus_to_exitcode(status)
             self._end_group()
+            for reading, _ in self._pipes:
+                os.close(reading)
             return True
         self._interrupt()
         if time.monotonic() - self.started > self.limit:
@@ -127,8 +134,19 @@ class _Child:
             time.sleep(0.02)
         return self.code
 
-    def output(self, name: str) -> str:
-        return (self.place / name).read_text(encoding="utf-8", errors="replace")
+    @property
+    def stdout(self) -> str:
+        return self._printed[0].decode(errors="replace").replace("\0", "")
+
+    @property
+    def stderr(self) -> str:
+        return self._printed[1].decode(errors="replace").replace("\0", "")
+
+    def _read(self) -> None:
+        for (reading, _), printed in zip(self._pipes, self._printed, strict=True):
+            with suppress(BlockingIOError):
+                while block := os.read(reading, 1 << 16):
+                    printed += block
 
     def _interrupt(self) -> None:
         interrupt = self.case.interrupt if self.case else None
@@ -148,22 +166,20 @@ class _Child:
         return self.place / "here" / "work"
 
 
-def _become(place: Path, function: Callable[[], Any]) -> NoReturn:
-    """In the child: never returns to the parent's frames."""
+def become(function: Callable[[], Any], stdin: Path, stdout: int, stderr: int) -> NoReturn:
+    """In a child: calls `function` as a program of its own. Never returns to the parent's frames."""
     code = 1
     try:
         os.setsid()
-        for name, number in (("stdout", 1), ("stderr", 2)):
-            file = os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, file in enumerate((os.open(stdin, os.O_RDONLY), stdout, stderr)):
             os.dup2(file, number)
-        os.dup2(os.open(place / "stdin", os.O_RDONLY), 0)
-        function()
-        code = 0
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
-    try:
+        try:
+            function()
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except BaseException:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -180,9 +196,9 @@ def _build(place: Path) -> None:
     for command in bench.COMMANDS:
         pid = os.fork()
         if pid == 0:
-            _become(place, lambda command=command: _call(command))
+            become(lambda command=command: call(command), place / "stdin", 1, 2)
         if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0:
-            raise RuntimeError(f"{command}: {(place / 'stderr').read_text()}")
+            raise RuntimeError(" ".join(command))
 
 
 def _run(place: Path, case: Case) -> None:
@@ -196,9 +212,6 @@ def _run(place: Path, case: Case) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(99)
-    if case.unprivileged and os.getuid() == 0:
-        for path in (here, *here.rglob("*")):
-            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
     (place / "before").write_bytes(pickle.dumps(snapshot(here)))
     os.environ.update(TMPDIR=str(here / "tmp"), HOME=str(here / "home"))
     for name, value in case.environment.items():
@@ -209,15 +222,24 @@ def _run(place: Path, case: Case) -> None:
     if case.file_limit_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (case.file_limit_bytes,) * 2)
-    if case.unprivileged and os.getuid() == 0:
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
+    if case.unprivileged:
+        _obey_permissions()
     command = tuple(word.replace("{here}", str(work)) for word in case.command)
-    _call(command) if case.forked else _exec(command)
+    call(command) if case.forked else _exec(command)
 
 
-def _call(command: tuple[str, ...]) -> None:
+def _obey_permissions() -> None:
+    """Root, too: gives up the capabilities to pass over the permissions of files (capset of linux/capability.h)."""
+    libc = ctypes.CDLL(None)
+    header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, data)
+    for word in (0, 1):  # effective, permitted; bits 1 and 2: CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        data[word] &= ~0b110
+    if libc.capset(header, data) != 0:
+        raise OSError("capset")
+
+
+def call(command: tuple[str, ...]) -> None:
     """The program's own last lines, as Python runs them, in this process."""
     program, *arguments = command
     import tempfile
@@ -263,7 +285,7 @@ def remove(folder: Path) -> None:
 def _judge(child: _Child) -> Outcome:
     case, place = child.case, child.place
     assert case is not None
-    stdout, stderr = child.output("stdout"), child.output("stderr")
+    stdout, stderr = child.stdout, child.stderr
     leftovers: tuple[str, ...] = ()
     complaints = []
     if not (place / "before").exists():
