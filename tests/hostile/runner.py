@@ -42,6 +42,7 @@ QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
 BUILD_SECONDS = 120.0
+GRACE_SECONDS = 3.0
 
 type Snapshot = dict[str, str]
 
@@ -64,7 +65,7 @@ class Outcome:
 
     @property
     def first_line(self) -> str:
-        lines = [line for line in self.stderr.splitlines() if re.match(r"(\S+: )?error: ", line)]
+        lines = [line for line in self.stderr.splitlines() if re.match(r"([^:]*: )?error: ", line)]
         return (lines or self.stderr.splitlines() or self.stdout.splitlines() or [""])[0]
 
 
@@ -155,7 +156,11 @@ class _Child:
             self.signalled = time.monotonic()
 
     def _end_group(self) -> None:
+        """Ends the processes that this one has left; helpers that end by themselves get a moment for it."""
         try:
+            for _ in range(round(GRACE_SECONDS / 0.02)):
+                os.killpg(self.pid, 0)
+                time.sleep(0.02)
             os.killpg(self.pid, signal.SIGKILL)
             self.left_processes = True
         except ProcessLookupError:
@@ -317,7 +322,7 @@ def _complaints(case: Case, child: _Child, stdout: str, stderr: str) -> Iterator
         yield f"exit code {child.code}, not {' or '.join(map(str, case.codes))}"
     if "Traceback" in stdout + stderr:
         yield f"a traceback: {(stderr.strip() or stdout.strip()).splitlines()[-1]}"
-    messages = re.findall(r"^(?:\S+: )?error: ", stderr, re.MULTILINE)
+    messages = re.findall(r"^(?:[^:\n]*: )?error: ", stderr, re.MULTILINE)
     if child.code == 2 and len(messages) != 1:
         yield f"{len(messages)} messages"
     if child.code in case.codes:
