@@ -1,7 +1,7 @@
 """Tries every command on hostile input, and prints a table by class.
 
-    make hostile
-    python -m tests.hostile --only data --jobs 1
+make hostile
+python -m tests.hostile --only data --jobs 1
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.hostile import runner
 from tests.hostile.classes import CLASSES, cases_of
+from tests.hostile.judge import Outcome
 
 
 def main() -> None:
@@ -49,7 +50,7 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def row(name: str, outcome: runner.Outcome) -> str:
+def row(name: str, outcome: Outcome) -> str:
     """Class, case, exit code, seconds, ok or NOT, first line of the message, leftovers; and what is wrong."""
     verdict = "ok " if outcome.ok else "NOT"
     left = f"left {len(outcome.leftovers)}" if outcome.leftovers else ""

@@ -1,10 +1,10 @@
 """The bench: one folder with everything that commands work on, built once, copied for every case.
 
-    recipe.yaml  model/ teacher/ (with tokenizers)  texts.bin, .idx   a recipe that trains on random texts
-    run/         two steps of it, exported after each: hf-step-000001/ and hf/
-    converted/   hf-to-megatron of model
-    corpus/      a.txt, b.jsonl;  set.bin, .idx, .json: prepare_data of them
-    notes.txt    the user's own
+recipe.yaml  model/ teacher/ (with tokenizers)  texts.bin, .idx   a recipe that trains on random texts
+run/         two steps of it, exported after each: hf-step-000001/ and hf/
+converted/   hf-to-megatron of model
+corpus/      a.txt, b.jsonl;  set.bin, .idx, .json: prepare_data of them
+notes.txt    the user's own
 """
 
 import json

@@ -7,8 +7,16 @@ from pathlib import Path
 
 type Prepare = Callable[[Path], None]
 
-# The commands, as words: the program, then arguments that make it work on the bench (see `bench.py`). All write to `out`.
-SMALL = ("--short-windows=1", "--long-windows=1", "--samples=1", "--depths=1", "--keys=2", "--window=512", "--lengths=512")
+# The commands, as words: the program, then arguments that make it work on the bench. All write to `out`.
+SMALL = (
+    "--short-windows=1",
+    "--long-windows=1",
+    "--samples=1",
+    "--depths=1",
+    "--keys=2",
+    "--window=512",
+    "--lengths=512",
+)
 TRAIN = ("train", "recipe.yaml", "run.dir=out", "training.steps=1")
 RESUME = ("train", "recipe.yaml", "training.steps=3")  # `run`, of which two steps are done
 REHEARSE = ("train", "recipe.yaml", "--rehearse")

@@ -7,6 +7,7 @@ from tests.hostile import (
     data,
     ends,
     environment,
+    mutations,
     numbers,
     old_results,
     outputs,
@@ -29,6 +30,7 @@ CLASSES: dict[str, Callable[[], Iterator[Case]]] = {
     "paths": paths.cases,
     "environment": environment.cases,
     "ends": ends.cases,
+    "mutations": mutations.cases,
 }
 
 QUICK_CASES = 50  # of a class, in the form that CI runs

@@ -11,16 +11,35 @@ from pathlib import Path
 
 from tests.hostile import bench
 from tests.hostile.case import (
-    EVALUATE, PREPARE, REHEARSE, RESUME, SMOLLM2, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, Prepare, in_turn, payload,
-    ran_code, writing,
-)  # fmt: skip
+    EVALUATE,
+    PREPARE,
+    REHEARSE,
+    RESUME,
+    SMOLLM2,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+    Prepare,
+    in_turn,
+    payload,
+    ran_code,
+    writing,
+)
 
 # What a pickle may name to get at a function that runs commands: as itself, or as an attribute of a harmless module.
 SHELLS = [
-    ("os", "system"), ("posix", "system"), ("subprocess", "getoutput"), ("torch", "os.system"),
-    ("torch.distributed.checkpoint.filesystem", "os.system"), ("torch.distributed.checkpoint.metadata", "os.system"),
-    ("torch.serialization", "os.system"), ("pathlib", "os.system"), ("torch.utils.data", "os.system"),
-]  # fmt: skip
+    ("os", "system"),
+    ("posix", "system"),
+    ("subprocess", "getoutput"),
+    ("torch", "os.system"),
+    ("torch.distributed.checkpoint.filesystem", "os.system"),
+    ("torch.distributed.checkpoint.metadata", "os.system"),
+    ("torch.serialization", "os.system"),
+    ("pathlib", "os.system"),
+    ("torch.utils.data", "os.system"),
+]
 EVALUATORS = [("builtins", "eval"), ("builtins", "exec"), ("torch.distributed.checkpoint.filesystem", "pickle.eval")]
 CHECKPOINTS = [  # (command, the checkpoint it reads)
     ((*TO_HF, "converted"), "converted"),
@@ -157,8 +176,11 @@ def checkpoints() -> Iterator[Case]:
         for module, function in EVALUATORS:
             prepare = index_calling(checkpoint, module, function, "__import__('os').system('touch {payload}')")
             yield Case(f"{name}index calls {module} {function}", command, prepare, **then)
-        for key in ("common_state/shard_0_1", "output_layer.weight",
-                    "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4"):  # fmt: skip
+        for key in (
+            "common_state/shard_0_1",
+            "output_layer.weight",
+            "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4",
+        ):
             for by_torch in (True, False):
                 kind = "torch.save" if by_torch else "pickle"
                 yield Case(f"{name}bytes at {key}, {kind}", command, bytes_at(checkpoint, key, by_torch), **then)
@@ -182,8 +204,11 @@ def modules() -> Iterator[Case]:
         yield Case(f"{name}: tokenizer with auto_map", command, prepare, code=(0, 2))
         prepare = in_turn(prepare, lambda folder: (folder / "model" / "tokenizer.json").unlink())
         yield Case(f"{name}: tokenizer with auto_map alone", command, prepare, says=("model",))
-        prepare = in_turn(code_beside("model", "tokenizer_config.json", **tokenizer), bench.config("auto_map", {
-            "AutoConfig": "evil.Configuration"}), bench.config("model_type", "evil"))  # fmt: skip
+        prepare = in_turn(
+            code_beside("model", "tokenizer_config.json", **tokenizer),
+            bench.config("auto_map", {"AutoConfig": "evil.Configuration"}),
+            bench.config("model_type", "evil"),
+        )
         yield Case(f"{name}: both with auto_map", command, prepare, code=(0, 2))
     for model in ("model", "teacher"):
         prepare = code_beside(model, "tokenizer_config.json", **tokenizer)
@@ -208,26 +233,47 @@ def weights() -> Iterator[Case]:
 
     for command, name in (*MODELS, ((*VERIFY, "converted"), "verify")):
         yield Case(f"{name}: pytorch_model.bin", command, replaced("pytorch_model.bin"), says=("safetensors",))
-        yield Case(f"{name}: a pickle called model.safetensors", command, replaced("model.safetensors"),
-                   says=("model.safetensors",))  # fmt: skip
-        yield Case(f"{name}: an index that names a pickle", command, replaced("weights.bin", in_index=True),
-                   says=("weights.bin|safetensors",))  # fmt: skip
-    yield Case("make_smollm2: a pickle as GGUF", (*SMOLLM2, "pickle"), shell("os", "system", "touch {payload}"),
-               says=("pickle",))  # fmt: skip
-    yield Case("prepare_data: a pickle as tokenizer", (*PREPARE[:4], "pickle.model", *PREPARE[5:], "corpus"),
-               lambda folder: (folder / "pickle.model").write_bytes(pickle.dumps(Bomb(folder))) and None,
-               says=("pickle.model",))  # fmt: skip
+        yield Case(
+            f"{name}: a pickle called model.safetensors",
+            command,
+            replaced("model.safetensors"),
+            says=("model.safetensors",),
+        )
+        yield Case(
+            f"{name}: an index that names a pickle",
+            command,
+            replaced("weights.bin", in_index=True),
+            says=("weights.bin|safetensors",),
+        )
+    yield Case(
+        "make_smollm2: a pickle as GGUF",
+        (*SMOLLM2, "pickle"),
+        shell("os", "system", "touch {payload}"),
+        says=("pickle",),
+    )
+    yield Case(
+        "prepare_data: a pickle as tokenizer",
+        (*PREPARE[:4], "pickle.model", *PREPARE[5:], "corpus"),
+        lambda folder: (folder / "pickle.model").write_bytes(pickle.dumps(Bomb(folder))) and None,
+        says=("pickle.model",),
+    )
 
 
 def recipes() -> Iterator[Case]:
     """YAML tags that make Python objects."""
     yield Case("recipe: a tag for all", TRAIN, tagged("recipe.yaml", "TAG"), says=("recipe.yaml",))
     yield Case("recipe: a tag in a value", TRAIN, tagged("recipe.yaml", "training: {steps: TAG}"), says=("line 1",))
-    yield Case("recipe: a tag in its base", TRAIN,
-               in_turn(tagged("other.yaml", "run: {dir: TAG}"), tagged("recipe.yaml", "base: other.yaml")),
-               says=("other.yaml",))  # fmt: skip
+    yield Case(
+        "recipe: a tag in its base",
+        TRAIN,
+        in_turn(tagged("other.yaml", "run: {dir: TAG}"), tagged("recipe.yaml", "base: other.yaml")),
+        says=("other.yaml",),
+    )
     yield Case("recipe: a tag as a key", TRAIN, tagged("recipe.yaml", "? TAG\n: 1"), says=("recipe.yaml",))
-    yield Case("override: a tag", (*TRAIN, "optimizer.lr=!!python/object/apply:os.system ['touch {here}/payload']"),
-               says=("optimizer.lr",))  # fmt: skip
+    yield Case(
+        "override: a tag",
+        (*TRAIN, "optimizer.lr=!!python/object/apply:os.system ['touch {here}/payload']"),
+        says=("optimizer.lr",),
+    )
     yield Case("rehearse: a tag", REHEARSE, tagged("recipe.yaml", "model: TAG"), says=("recipe.yaml",))
     yield Case("resume: a tag in the run's recipe", RESUME, tagged("run/recipe.yaml", "model: TAG"), says=("run",))

@@ -35,11 +35,19 @@ def of_input(name: str, content: str | bytes, file: str, code: int | tuple[int, 
 def lines() -> Iterator[Case]:
     """Damaged lines of a .jsonl file: alone, and as one of a hundred."""
     damages = {
-        "null": '{"text": null}\n', "a number": '{"text": 5}\n', "a list": '{"text": ["a"]}\n', "no key": '{"txt": "a"}\n',
-        "no object": '"words"\n', "no JSON": '{"text": "a\n', "half a surrogate pair": '{"text": "\\ud800"}\n',
-        "invalid UTF-8": b'{"text": "\xff\xfe"}\n', "a NUL": '{"text": "a\0b"}\n', "nested": "[" * 100_000 + "\n",
-        "a number of 10,000 digits": '{"text": "a", "n": 1' + "0" * 10_000 + "}\n", "NaN": "NaN\n",
-    }  # fmt: skip
+        "null": '{"text": null}\n',
+        "a number": '{"text": 5}\n',
+        "a list": '{"text": ["a"]}\n',
+        "no key": '{"txt": "a"}\n',
+        "no object": '"words"\n',
+        "no JSON": '{"text": "a\n',
+        "half a surrogate pair": '{"text": "\\ud800"}\n',
+        "invalid UTF-8": b'{"text": "\xff\xfe"}\n',
+        "a NUL": '{"text": "a\0b"}\n',
+        "nested": "[" * 100_000 + "\n",
+        "a number of 10,000 digits": '{"text": "a", "n": 1' + "0" * 10_000 + "}\n",
+        "NaN": "NaN\n",
+    }
     for name, line in damages.items():
         content = line.encode() if isinstance(line, str) else line
         if name != "a number of 10,000 digits":
@@ -74,12 +82,15 @@ def files() -> Iterator[Case]:
     for name, make, says in FOLDERS:
         for command, words in (("prepare_data", (*PREPARE, "corpus")), ("evaluate", (*EVALUATE, "model"))):
             locked = name.startswith("an unreadable")
-            yield Case(f"{command}: {name} among the texts", words, make, code=(0, 2), says=(says,), unprivileged=locked)
+            yield Case(
+                f"{command}: {name} among the texts", words, make, code=(0, 2), says=(says,), unprivileged=locked
+            )
     only = in_turn(remove("corpus/a.txt", "corpus/b.jsonl"))
     yield Case("prepare_data: an empty folder", (*PREPARE, "corpus"), only, says=("corpus",))
     yield Case("prepare_data: a file given twice", (*PREPARE, "corpus", "corpus/a.txt"), says=(r"a\.txt",))
-    yield Case("prepare_data: a text key that is nowhere", (*PREPARE, "corpus/b.jsonl", "--text-key", "body"),
-               says=("body",))  # fmt: skip
+    yield Case(
+        "prepare_data: a text key that is nowhere", (*PREPARE, "corpus/b.jsonl", "--text-key", "body"), says=("body",)
+    )
 
 
 def unreadable(folder: Path) -> None:
@@ -94,13 +105,21 @@ FOLDERS: list[tuple[str, Prepare, str]] = [
     ("a link to the folder above", lambda f: (f / "corpus" / "up").symlink_to(".."), ""),
     ("a FIFO", lambda f: os.mkfifo(f / "corpus" / "pipe.txt"), r"pipe\.txt|not a file|skipped"),
     ("an unreadable folder", unreadable, "locked"),
-    ("an unreadable file", in_turn(writing("corpus/c.txt", "words"), lambda f: (f / "corpus" / "c.txt").chmod(0)), r"c\.txt"),
+    (
+        "an unreadable file",
+        in_turn(writing("corpus/c.txt", "words"), lambda f: (f / "corpus" / "c.txt").chmod(0)),
+        r"c\.txt",
+    ),
     ("a .gz file", writing("corpus/c.txt.gz", gzip.compress(b"words " * 100)), ""),
     ("a .gz file that is none", writing("corpus/c.txt.gz", "words"), r"c\.txt\.gz"),
     ("a binary .txt", writing("corpus/c.txt", BINARY), r"c\.txt"),
     ("a file of another kind", writing("corpus/c.pdf", BINARY), r"c\.pdf|other|suffix|skipped|1 file"),
     ("a folder called x.txt", lambda f: (f / "corpus" / "x.txt").mkdir(), ""),
-    ("a name that is no UTF-8", lambda f: (Path(os.fsdecode(os.fsencode(f) + b"/corpus/\xff.txt"))).write_text("words "), ""),
+    (
+        "a name that is no UTF-8",
+        lambda f: (Path(os.fsdecode(os.fsencode(f) + b"/corpus/\xff.txt"))).write_text("words "),
+        "",
+    ),
     ("a name with a line break", writing("corpus/a\nb.txt", "words"), ""),
 ]
 
@@ -126,9 +145,13 @@ def parquet() -> Iterator[Case]:
         ("parquet without the column", table(texts, "body"), 2, "body"),
         ("parquet without rows", table([]), 2, ""),
         ("truncated parquet", table(texts, change=truncated), 2, "x.parquet"),
-        ("parquet with another byte", table([os.urandom(50).hex() for _ in range(100)],
-                                            change=lambda c: c[:200] + b"\xff" * 50 + c[250:]), (0, 2), ""),
-    ]:  # fmt: skip
+        (
+            "parquet with another byte",
+            table([os.urandom(50).hex() for _ in range(100)], change=lambda c: c[:200] + b"\xff" * 50 + c[250:]),
+            (0, 2),
+            "",
+        ),
+    ]:
         yield Case(f"prepare_data: {name}", (*PREPARE, "x.parquet"), prepare, code, (says,))
         if code == 2:
             yield Case(f"evaluate: {name}", (*EVALUATE, "model", "--text", "x.parquet"), prepare, code, (says,))
@@ -139,34 +162,61 @@ def sets() -> Iterator[Case]:
     """Damaged sets of prepare_data, which a recipe names."""
     for suffix in (".idx", ".bin", ".json"):
         for name, prepare in damaged(f"set{suffix}"):
-            yield Case(f"train: set{suffix} {name}", TRAIN, in_turn(ON_SET, prepare), says=(rf"set(\.\w+)?",))
+            harmless = (suffix, name) == (".json", "flipped")  # a digit of a count that nobody needs
+            yield Case(
+                f"train: set{suffix} {name}",
+                TRAIN,
+                in_turn(ON_SET, prepare),
+                (0, 2) if harmless else 2,
+                () if harmless else ("set",),
+            )
     yield Case("train: set.idx is gone", TRAIN, in_turn(ON_SET, remove("set.idx")), says=("set",))
     yield Case("train: set.bin is gone", TRAIN, in_turn(ON_SET, remove("set.bin")), says=("set",))
     yield Case("train: set.json is gone", TRAIN, in_turn(ON_SET, remove("set.json")), code=(0, 2))
     # 9 bytes of magic, version <Q, dtype <B, sequences <Q, documents <Q, then lengths <i4, pointers <i8, indices <i8.
     header = {
-        "another magic": (0, b"MMIDIDXX"), "version 2": (9, struct.pack("<Q", 2)), "version 2^63": (9, struct.pack("<Q", 2**63)),
-        "dtype 0": (17, b"\0"), "dtype 99": (17, b"\x63"), "another dtype": (17, b"\x04"),
-        "no sequences": (18, struct.pack("<Q", 0)), "2^60 sequences": (18, struct.pack("<Q", 2**60)),
-        "7 sequences": (18, struct.pack("<Q", 7)), "no documents": (26, struct.pack("<Q", 0)),
-        "2^60 documents": (26, struct.pack("<Q", 2**60)), "a length of 0": (34, struct.pack("<i", 0)),
-        "a negative length": (34, struct.pack("<i", -5)), "a length above the file": (34, struct.pack("<i", 2**31 - 1)),
-        "a length one too long": (34, None), "a negative pointer": (34 + 32, struct.pack("<q", -8)),
-        "a pointer past the end": (34 + 32, struct.pack("<q", 2**40)), "an odd pointer": (34 + 32, struct.pack("<q", 1)),
+        "another magic": (0, b"MMIDIDXX"),
+        "version 2": (9, struct.pack("<Q", 2)),
+        "version 2^63": (9, struct.pack("<Q", 2**63)),
+        "dtype 0": (17, b"\0"),
+        "dtype 99": (17, b"\x63"),
+        "another dtype": (17, b"\x04"),
+        "no sequences": (18, struct.pack("<Q", 0)),
+        "2^60 sequences": (18, struct.pack("<Q", 2**60)),
+        "7 sequences": (18, struct.pack("<Q", 7)),
+        "no documents": (26, struct.pack("<Q", 0)),
+        "2^60 documents": (26, struct.pack("<Q", 2**60)),
+        "a length of 0": (34, struct.pack("<i", 0)),
+        "a negative length": (34, struct.pack("<i", -5)),
+        "a length above the file": (34, struct.pack("<i", 2**31 - 1)),
+        "a length one too long": (34, None),
+        "a negative pointer": (34 + 32, struct.pack("<q", -8)),
+        "a pointer past the end": (34 + 32, struct.pack("<q", 2**40)),
+        "an odd pointer": (34 + 32, struct.pack("<q", 1)),
         "a document index past the end": (34 + 32 + 64 + 8, struct.pack("<q", 10**6)),
-    }  # fmt: skip
+    }
     for name, (at, value) in header.items():
         yield Case(f"train: set.idx has {name}", TRAIN, in_turn(ON_SET, patching("set.idx", at, value)), says=("set",))
     tokens = {"a token above the vocabulary": (0, b"\xff\xff"), "another token": (100, struct.pack("<H", 77))}
     for name, (at, value) in tokens.items():
         yield Case(f"train: set.bin has {name}", TRAIN, in_turn(ON_SET, patching("set.bin", at, value)), says=("set",))
-    for key, values in {"vocab_size": (0, -1, "258", None, 10**30, 5000), "tokenizer_sha256": (5, {}, {"tokenizer.json": 5}),
-                        "dtype": ("int4", 5), "tokens": (1, "x"), "documents_kept": (1,)}.items():  # fmt: skip
+    for key, values in {
+        "vocab_size": (0, -1, "258", None, 10**30, 5000),
+        "tokenizer_sha256": (5, {}, {"tokenizer.json": 5}),
+        "dtype": ("int4", 5),
+        "tokens": (1, "x"),
+        "documents_kept": (1,),
+    }.items():
         for value in values:
             change = bench.edit_json("set.json", lambda v, key=key, value=value: v | {key: value})
             wrong = key == "vocab_size"
-            yield Case(f"train: set.json {key} {value!r}", TRAIN, in_turn(ON_SET, change), 2 if wrong else (0, 2),
-                       ("set",) if wrong else ())  # fmt: skip
+            yield Case(
+                f"train: set.json {key} {value!r}",
+                TRAIN,
+                in_turn(ON_SET, change),
+                2 if wrong else (0, 2),
+                ("set",) if wrong else (),
+            )
 
 
 def patching(path: str, at: int, value: bytes | None) -> Prepare:

@@ -4,7 +4,19 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.hostile.case import EVALUATE, PREPARE, REHEARSE, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, Interrupt, as_it_is, in_turn
+from tests.hostile.case import (
+    EVALUATE,
+    PREPARE,
+    REHEARSE,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+    Interrupt,
+    as_it_is,
+    in_turn,
+)
 
 LONG_TRAIN = ("train", "recipe.yaml", "run.dir=out", "training.steps=100000", "training.checkpoint_every_steps=2")
 
@@ -37,23 +49,61 @@ def cases() -> Iterator[Case]:
     for number in (signal.SIGTERM, signal.SIGINT):
         code = 128 + number
         for name, (words, prepare, when) in SLOW.items():
-            yield Case(f"{name}: {number.name}", words, prepare, (code, -number), seconds=30,
-                       interrupt=Interrupt(number, when))  # fmt: skip
-        yield Case(f"train: {number.name} while it trains", LONG_TRAIN, code=code, writes=("out",), seconds=30,
-                   interrupt=Interrupt(number, has("out/checkpoints/step-000004")), check=whole)  # fmt: skip
-        yield Case(f"train: {number.name} at once", TRAIN, code=(code, -number), writes=("out",),
-                   interrupt=Interrupt(number, at_once))  # fmt: skip
-        yield Case(f"rehearse: {number.name}", REHEARSE, code=(code, -number), seconds=60, quick=False,
-                   interrupt=Interrupt(number, lambda folder: any((folder.parent / "tmp").glob("rehearsal-*/run")) ))  # fmt: skip
+            yield Case(
+                f"{name}: {number.name}", words, prepare, (code, -number), seconds=30, interrupt=Interrupt(number, when)
+            )
+        yield Case(
+            f"train: {number.name} while it trains",
+            LONG_TRAIN,
+            code=code,
+            writes=("out",),
+            seconds=30,
+            interrupt=Interrupt(number, has("out/checkpoints/step-000004")),
+            check=whole,
+        )
+        yield Case(
+            f"train: {number.name} at once",
+            TRAIN,
+            code=(code, -number),
+            writes=("out",),
+            interrupt=Interrupt(number, at_once),
+        )
+        yield Case(
+            f"rehearse: {number.name}",
+            REHEARSE,
+            code=(code, -number),
+            seconds=60,
+            quick=False,
+            interrupt=Interrupt(number, lambda folder: any((folder.parent / "tmp").glob("rehearsal-*/run"))),
+        )
         for name in ("train", "evaluate", "prepare_data"):
             words = {"train": TRAIN, "evaluate": (*EVALUATE, "model"), "prepare_data": (*PREPARE, "corpus")}[name]
-            yield Case(f"{name}: {number.name} in the first second", words, code=(code, -number), forked=False,
-                       interrupt=Interrupt(number, started_long_ago(0.7)), seconds=30)  # fmt: skip
+            yield Case(
+                f"{name}: {number.name} in the first second",
+                words,
+                code=(code, -number),
+                forked=False,
+                interrupt=Interrupt(number, started_long_ago(0.7)),
+                seconds=30,
+            )
     for name, pattern in (("while it trains", "out/metrics.jsonl"), ("while it saves", "out/checkpoints/*.partial")):
-        yield Case(f"train: kill -9 {name}", LONG_TRAIN, code=-signal.SIGKILL, writes=("out",), seconds=30,
-                   interrupt=Interrupt(signal.SIGKILL, has(pattern)))  # fmt: skip
-    yield Case("prepare_data: again after kill -9", (*PREPARE, "corpus"), in_turn(many_texts, killed), code=0,
-               seconds=60, check=lambda folder: leftover(folder / "out"), quick=False)  # fmt: skip
+        yield Case(
+            f"train: kill -9 {name}",
+            LONG_TRAIN,
+            code=-signal.SIGKILL,
+            writes=("out",),
+            seconds=30,
+            interrupt=Interrupt(signal.SIGKILL, has(pattern)),
+        )
+    yield Case(
+        "prepare_data: again after kill -9",
+        (*PREPARE, "corpus"),
+        in_turn(many_texts, killed),
+        code=0,
+        seconds=60,
+        check=lambda folder: leftover(folder / "out"),
+        quick=False,
+    )
 
 
 def started_long_ago(seconds: float) -> Callable[[Path], bool]:

@@ -50,14 +50,37 @@ def worlds() -> Iterator[Case]:
 
 
 def locales() -> Iterator[Case]:
-    ascii_only = {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONCOERCECLOCALE": "0"}
+    ascii_only = {
+        "LC_ALL": "C",
+        "LANG": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONCOERCECLOCALE": "0",
+    }
     name = "mod\u00e8le-\u6a21\u578b"
-    for command, words in (("train", ("train", f"{name}/recipe.yaml")), ("evaluate", (*EVALUATE, name)),
-                           ("hf-to-megatron", (*TO_MEGATRON, name)), ("prepare_data", (*PREPARE, name))):  # fmt: skip
-        yield Case(f"{command}: an ASCII locale, and a missing path that is not", words, environment=ascii_only,
-                   forked=False, seconds=40, quick=False)  # fmt: skip
-    yield Case("prepare_data: an ASCII locale, and texts that are not", (*PREPARE, "x.txt"),
-               writing("x.txt", "\u6a21\u578b caf\u00e9 " * 100), code=0, environment=ascii_only, forked=False, seconds=40)  # fmt: skip
+    for command, words in (
+        ("train", ("train", f"{name}/recipe.yaml")),
+        ("evaluate", (*EVALUATE, name)),
+        ("hf-to-megatron", (*TO_MEGATRON, name)),
+        ("prepare_data", (*PREPARE, name)),
+    ):
+        yield Case(
+            f"{command}: an ASCII locale, and a missing path that is not",
+            words,
+            environment=ascii_only,
+            forked=False,
+            seconds=40,
+            quick=False,
+        )
+    yield Case(
+        "prepare_data: an ASCII locale, and texts that are not",
+        (*PREPARE, "x.txt"),
+        writing("x.txt", "\u6a21\u578b caf\u00e9 " * 100),
+        code=0,
+        environment=ascii_only,
+        forked=False,
+        seconds=40,
+    )
     yield Case("train: an ASCII locale", TRAIN, code=0, environment=ascii_only, forked=False, seconds=60)
     for variable in ("HOME", "TMPDIR", "PATH", "USER"):
         yield Case(f"train: no {variable}", TRAIN, environment={variable: None}, code=0)
@@ -68,9 +91,17 @@ def locales() -> Iterator[Case]:
 def pipes() -> Iterator[Case]:
     """A reader that goes away: no traceback, and what is written stays whole."""
     for command in ("prepare_data", "evaluate", "hf-to-megatron"):
-        yield Case(f"{command}: a closed pipe", ("sh", f"$RUN {command} | true"), code=(0, 1, 2, 141), forked=False,
-                   environment={"RUN": None}, seconds=40, writes=("out",), quick=False)  # fmt: skip
-    yield Case("train: no folder to be in", RESUME, lambda folder: _gone(folder), code=2, says=("recipe|folder|directory",))
+        yield Case(
+            f"{command}: a closed pipe",
+            ("sh", f"$RUN {command} | true"),
+            code=(0, 1, 2, 141),
+            forked=False,
+            environment={"RUN": None},
+            seconds=40,
+            writes=("out",),
+            quick=False,
+        )
+    yield Case("train: no folder to be in", RESUME, _gone, code=2, says=("recipe|folder|directory",))
 
 
 def _gone(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that are not sane: in config.json, in a recipe, on the command line. An answer within seconds, with the key."""
+"""Numbers that are not sane, in config.json, a recipe, a command: an answer within seconds, with the key."""
 
 import json
 import re
@@ -6,7 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.hostile import bench
-from tests.hostile.case import DEMO_TEXTS, EVALUATE, PREPARE, REHEARSE, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, Prepare, writing
+from tests.hostile.case import (
+    DEMO_TEXTS,
+    EVALUATE,
+    PREPARE,
+    REHEARSE,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+    Prepare,
+    writing,
+)
 
 HUGE, NAN, INFINITE = 10**15, float("nan"), float("inf")
 READERS = (
@@ -15,8 +27,16 @@ READERS = (
     ("hf-to-megatron", (*TO_MEGATRON, "model")),
     ("rehearse", REHEARSE),
 )
-SIZES = ("hidden_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers", "intermediate_size",
-         "vocab_size", "max_position_embeddings", "head_dim")  # fmt: skip
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "head_dim",
+)
 WRONG_SIZES = (0, -4, 2.5, "32", True, [32], {"a": 1}, HUGE, 10**400)
 CONFIG: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(SIZES, WRONG_SIZES),
@@ -38,12 +58,19 @@ HARMLESS = {("sliding_window", 0), ("tie_word_embeddings", 1), ("architectures",
 
 RECIPE: dict[str, tuple[object, ...]] = {
     "model.max_position_embeddings": (0, -1, 1.5, "x", HUGE, 10**400, NAN, True),
-    "model.rope": ({"method": "abf", "theta": 0}, {"method": "abf", "theta": -1.0}, {"method": "abf", "theta": NAN},
-                   {"method": "abf", "theta": 1e308}, {"method": "pi", "factor": 0}, {"method": "yarn", "factor": -2.0},
-                   {"method": "yarn", "factor": 1e300}, {"method": "yarn", "beta_fast": 0.0, "beta_slow": 32.0},
-                   {"method": "longrope", "short_factor": [], "long_factor": []},
-                   {"method": "longrope", "short_factor": [0.0] * 4, "long_factor": [NAN] * 4},
-                   {"method": "dynamic", "factor": INFINITE}),  # fmt: skip
+    "model.rope": (
+        {"method": "abf", "theta": 0},
+        {"method": "abf", "theta": -1.0},
+        {"method": "abf", "theta": NAN},
+        {"method": "abf", "theta": 1e308},
+        {"method": "pi", "factor": 0},
+        {"method": "yarn", "factor": -2.0},
+        {"method": "yarn", "factor": 1e300},
+        {"method": "yarn", "beta_fast": 0.0, "beta_slow": 32.0},
+        {"method": "longrope", "short_factor": [], "long_factor": []},
+        {"method": "longrope", "short_factor": [0.0] * 4, "long_factor": [NAN] * 4},
+        {"method": "dynamic", "factor": INFINITE},
+    ),
     "step.tokens_per_microbatch": (0, -256, HUGE, 10**400, 255, 256.0, "256"),
     "objectives.long_text.microbatches": (0, -1, 10**6, HUGE, 1.5),
     "objectives.long_text.sequence_length": (0, -1, HUGE, 10**400, 7),
@@ -94,10 +121,15 @@ def cases() -> Iterator[Case]:
             name, command = READERS[(number + place) % len(READERS)]
             code = (0, 2) if (key, place) in HARMLESS else 2
             words = f"{key.split('.')[-1]}|config\\.json|model|window"
-            yield Case(f"{name}: config.json {key}: {brief(value)}", command, bench.config(key, value), code,
-                       says=(words,) if code == 2 else (), seconds=60 if name == "rehearse" else 10)  # fmt: skip
-    for case in (*recipes(), *command_lines(), *json_files()):
-        yield case
+            yield Case(
+                f"{name}: config.json {key}: {brief(value)}",
+                command,
+                bench.config(key, value),
+                code,
+                says=(words,) if code == 2 else (),
+                seconds=60 if name == "rehearse" else 10,
+            )
+    yield from (*recipes(), *command_lines(), *json_files())
 
 
 def recipes() -> Iterator[Case]:
@@ -106,8 +138,12 @@ def recipes() -> Iterator[Case]:
             section, *deeper = key.split(".")
             prepare = setting(key, value)
             words = re.escape(deeper[-1] if deeper else section)
-            yield Case(f"recipe: {key}: {brief(value)}", TRAIN if key != "training.steps" else TRAIN[:3], prepare,
-                       says=(words,))  # fmt: skip
+            yield Case(
+                f"recipe: {key}: {brief(value)}",
+                TRAIN if key != "training.steps" else TRAIN[:3],
+                prepare,
+                says=(words,),
+            )
     for name, text in STRANGE.items():
         yield Case(f"recipe: {name}", TRAIN, writing("recipe.yaml", text), says=("recipe.yaml|model|training",))
 
@@ -158,39 +194,94 @@ def command_lines() -> Iterator[Case]:
             yield Case(f"prepare_data {flag} {brief(value)}", (*prepare, f"{flag}={value}"), says=(flag,))
     for flag, values in {"--share": ("0", "-1", "nan", "inf", "1e300", "x"), "--seed": ("x",)}.items():
         for value in values:
-            yield Case(f"make_demo_texts {flag} {brief(value)}", (*DEMO_TEXTS, "out", f"{flag}={value}"), says=(flag[2:],))
-    for override in ("training.steps=", "training.steps=1e3", "=1", "training", "training.steps.x=1", "--steps=1",
-                     ".=1", "training..steps=1", "a" * 5000 + "=1", ".".join("a" * 2000) + "=1", "phases.0.steps=1",
-                     "training.steps=[" + "[" * 5000, "objectives.x=1", "model=null", "base=x"):  # fmt: skip
+            yield Case(
+                f"make_demo_texts {flag} {brief(value)}", (*DEMO_TEXTS, "out", f"{flag}={value}"), says=(flag[2:],)
+            )
+    for override in (
+        "training.steps=",
+        "training.steps=1e3",
+        "=1",
+        "training",
+        "training.steps.x=1",
+        "--steps=1",
+        ".=1",
+        "training..steps=1",
+        "a" * 5000 + "=1",
+        ".".join("a" * 2000) + "=1",
+        "phases.0.steps=1",
+        "training.steps=[" + "[" * 5000,
+        "objectives.x=1",
+        "model=null",
+        "base=x",
+    ):
         yield Case(f"override {brief(override)}", (*TRAIN[:3], override), says=("",))
 
 
 def json_files() -> Iterator[Case]:
     """Files beside a model that are no JSON, or JSON of another kind."""
-    texts = {"empty": "", "no JSON": "{", "a list": "[]", "null": "null", "a number": "5", "{}": "{}",
-             "nested": "[" * 100_000, "a number of 10,000 digits": '{"vocab_size": 1' + "0" * 10_000 + "}",
-             "latin-1": b'{"a": "\xe9"}', "NUL": "\0" * 100, "keys twice": '{"vocab_size": 1, "vocab_size": 258}'}  # fmt: skip
+    texts = {
+        "empty": "",
+        "no JSON": "{",
+        "a list": "[]",
+        "null": "null",
+        "a number": "5",
+        "{}": "{}",
+        "nested": "[" * 100_000,
+        "a number of 10,000 digits": '{"vocab_size": 1' + "0" * 10_000 + "}",
+        "latin-1": b'{"a": "\xe9"}',
+        "NUL": "\0" * 100,
+        "keys twice": '{"vocab_size": 1, "vocab_size": 258}',
+    }
     for name, text in texts.items():
         for reader, command in READERS[:3]:
-            yield Case(f"{reader}: config.json is {name}", command, writing("model/config.json", text),
-                       says=(r"config\.json|model",))  # fmt: skip
+            yield Case(
+                f"{reader}: config.json is {name}",
+                command,
+                writing("model/config.json", text),
+                says=(r"config\.json|model",),
+            )
     tokenizers = (("prepare_data", (*PREPARE, "corpus")), ("evaluate", (*EVALUATE, "model")), ("train", TRAIN))
     for name in ("empty", "no JSON", "a list", "null", "{}", "nested", "latin-1"):
         for reader, command in tokenizers:
-            yield Case(f"{reader}: tokenizer.json is {name}", command, writing("model/tokenizer.json", texts[name]),
-                       says=("tokenizer",))  # fmt: skip
+            yield Case(
+                f"{reader}: tokenizer.json is {name}",
+                command,
+                writing("model/tokenizer.json", texts[name]),
+                says=("tokenizer",),
+            )
     for name in ("empty", "no JSON", "a list", "nested", "latin-1"):
         for reader, command in (*tokenizers, ("hf-to-megatron", (*TO_MEGATRON, "model"))):
             # A conversion copies it.
             code = (0, 2) if reader == "hf-to-megatron" else 2
-            yield Case(f"{reader}: tokenizer_config.json is {name}", command,
-                       writing("model/tokenizer_config.json", texts[name]), code, ("tokenizer",) * (code == 2))  # fmt: skip
-        yield Case(f"megatron-to-hf: generation_config.json is {name}", (*TO_HF, "converted"),
-                   writing("model/generation_config.json", texts[name]), code=(0, 2))  # fmt: skip
-        yield Case(f"verify: config.json is {name}", (*VERIFY, "converted"), writing("model/config.json", texts[name]),
-                   says=("config|model",))  # fmt: skip
+            yield Case(
+                f"{reader}: tokenizer_config.json is {name}",
+                command,
+                writing("model/tokenizer_config.json", texts[name]),
+                code,
+                ("tokenizer",) * (code == 2),
+            )
+        yield Case(
+            f"megatron-to-hf: generation_config.json is {name}",
+            (*TO_HF, "converted"),
+            writing("model/generation_config.json", texts[name]),
+            code=(0, 2),
+        )
+        yield Case(
+            f"verify: config.json is {name}",
+            (*VERIFY, "converted"),
+            writing("model/config.json", texts[name]),
+            says=("config|model",),
+        )
 
 
 def brief(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value) if not isinstance(value, int) else f"{value:.4g}" if abs(value) < 10**300 else "10^400"  # noqa: E501
+    text = (
+        value
+        if isinstance(value, str)
+        else json.dumps(value)
+        if not isinstance(value, int)
+        else f"{value:.4g}"
+        if abs(value) < 10**300
+        else "10^400"
+    )
     return text if len(text) < 40 else f"{text[:36]}..."

@@ -52,18 +52,34 @@ def exports() -> Iterator[Case]:
     yield Case("hf is gone", AGAIN, in_turn(rename("run/hf", "good")), **then)
     empty = in_turn(rename("run/hf", "good"), lambda folder: (folder / "run/hf").mkdir())
     yield Case("hf is empty", AGAIN, empty, **then)
-    half = in_turn(lambda folder: shutil.copytree(folder / "run/hf", folder / "good"),
-                   remove("run/hf/model.safetensors"))  # fmt: skip
+    half = in_turn(
+        lambda folder: shutil.copytree(folder / "run/hf", folder / "good"), remove("run/hf/model.safetensors")
+    )
     yield Case("hf has no weights", AGAIN, half, **then)
-    yield Case("fewer steps than are done", (*RESUME[:2], "training.steps=1"), code=(0, 2), writes=("run",),
-               says=(r"\b2\b.*(done|step)|step.*\b2\b",))  # fmt: skip
+    yield Case(
+        "fewer steps than are done",
+        (*RESUME[:2], "training.steps=1"),
+        code=(0, 2),
+        writes=("run",),
+        says=(r"\b2\b.*(done|step)|step.*\b2\b",),
+    )
     for name, new in (("of a later step", 9), ("of the last step", 3)):
         prepare = rename(STEP, f"run/checkpoints/step-{new:06}")
-        yield Case(f"a checkpoint that is renamed, {name}", RESUME, prepare, code=(0, 2), writes=("run",),
-                   says=(f"step-{new:06}",))  # fmt: skip
-    copy = lambda folder: shutil.copytree(folder / "run/checkpoints/step-000001", folder / "run/checkpoints/step-000003") and None  # noqa: E731, E501
-    yield Case("an older checkpoint, copied as the last", RESUME, copy, code=(0, 2), writes=("run",),
-               says=("step-000003",))  # fmt: skip
+        yield Case(
+            f"a checkpoint that is renamed, {name}",
+            RESUME,
+            prepare,
+            code=(0, 2),
+            writes=("run",),
+            says=(f"step-{new:06}",),
+        )
+
+    def copy(folder):
+        return shutil.copytree(folder / "run/checkpoints/step-000001", folder / "run/checkpoints/step-000003") and None
+
+    yield Case(
+        "an older checkpoint, copied as the last", RESUME, copy, code=(0, 2), writes=("run",), says=("step-000003",)
+    )
 
 
 def descriptions() -> Iterator[Case]:
@@ -91,18 +107,40 @@ def descriptions() -> Iterator[Case]:
         "null": lambda v: "null",
     }
     for name, change in changes.items():
-        yield Case(f"checkpoint.json of a conversion: {name}", (*TO_HF, "converted"),
-                   edit_json("converted/checkpoint.json", change), says=("converted",))  # fmt: skip
-    for name, change in (("source_hf: 5", lambda v: v | {"source_hf": 5}), ("no source_hf", lambda v: v | {"source_hf": None})):  # noqa: E501
-        yield Case(f"checkpoint.json of a conversion: {name}", (*TO_HF, "converted"),
-                   edit_json("converted/checkpoint.json", change), code=(0, 2))  # fmt: skip
+        yield Case(
+            f"checkpoint.json of a conversion: {name}",
+            (*TO_HF, "converted"),
+            edit_json("converted/checkpoint.json", change),
+            says=("converted",),
+        )
+    for name, change in (
+        ("source_hf: 5", lambda v: v | {"source_hf": 5}),
+        ("no source_hf", lambda v: v | {"source_hf": None}),
+    ):
+        yield Case(
+            f"checkpoint.json of a conversion: {name}",
+            (*TO_HF, "converted"),
+            edit_json("converted/checkpoint.json", change),
+            code=(0, 2),
+        )
     for name in ("files: {}", "files: null", "no files", "a mark that is a number", "a list"):
-        yield Case(f"checkpoint.json of a run: {name}", RESUME, edit_json(f"{STEP}/checkpoint.json", changes[name]),
-                   code=0, writes=("run",), says=("warning.*step-000002",))  # fmt: skip
+        yield Case(
+            f"checkpoint.json of a run: {name}",
+            RESUME,
+            edit_json(f"{STEP}/checkpoint.json", changes[name]),
+            code=0,
+            writes=("run",),
+            says=("warning.*step-000002",),
+        )
     for value in (1, 3, -1, "2", None, 2.0, True):
-        yield Case(f"checkpoint.json of a run: step {value!r}", RESUME,
-                   edit_json(f"{STEP}/checkpoint.json", lambda v, value=value: v | {"step": value}),
-                   code=(0, 2), writes=("run",), says=("step-000002",))  # fmt: skip
+        yield Case(
+            f"checkpoint.json of a run: step {value!r}",
+            RESUME,
+            edit_json(f"{STEP}/checkpoint.json", lambda v, value=value: v | {"step": value}),
+            code=(0, 2),
+            writes=("run",),
+            says=("step-000002",),
+        )
     for name, prepare in damaged("converted/checkpoint.json"):
         yield Case(f"checkpoint.json of a conversion, {name}", (*TO_HF, "converted"), prepare, says=("converted",))
 
@@ -112,10 +150,18 @@ def checkpoint_files() -> Iterator[Case]:
         for name, prepare in damaged(f"converted/{pattern}"):
             yield Case(f"verify: {pattern} {name}", (*VERIFY, "converted"), prepare, says=("converted",))
         for name, prepare in damaged(f"{STEP}/{pattern}"):
-            yield Case(f"resume: {pattern} {name}", RESUME, prepare, code=0, writes=("run",),
-                       says=("warning.*step-000002", "resuming after step 1"))  # fmt: skip
+            yield Case(
+                f"resume: {pattern} {name}",
+                RESUME,
+                prepare,
+                code=0,
+                writes=("run",),
+                says=("warning.*step-000002", "resuming after step 1"),
+            )
     for file in ("__0_0.distcp", ".metadata", "metadata.json", "checkpoint.json"):
-        yield Case(f"megatron-to-hf: no {file}", (*TO_HF, "converted"), remove(f"converted/{file}"), says=("converted",))
+        yield Case(
+            f"megatron-to-hf: no {file}", (*TO_HF, "converted"), remove(f"converted/{file}"), says=("converted",)
+        )
     both = in_turn(*(remove(f"run/checkpoints/step-00000{n}/.metadata") for n in (1, 2)))
     yield Case("resume: both checkpoints damaged", RESUME, both, code=(0, 2), writes=("run",), says=("step-000001",))
 
@@ -129,8 +175,11 @@ def tensors() -> Iterator[Case]:
 
             tensors = load_file(folder / "model" / "model.safetensors")
             edit(tensors)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
-                      folder / "model" / "model.safetensors", {"format": "pt"})  # fmt: skip
+            save_file(
+                {name: tensor.contiguous() for name, tensor in tensors.items()},
+                folder / "model" / "model.safetensors",
+                {"format": "pt"},
+            )
 
         return prepare
 
@@ -175,7 +224,11 @@ INDEXES: list[tuple[str, Callable[[dict], object], str]] = [
     ("names a missing file", lambda v: v["weight_map"].update({TENSOR: "gone.safetensors"}), "gone"),
     ("names the other file", lambda v: v["weight_map"].update({TENSOR: SHARD.format(1)}), "up_proj|model-1"),
     ("leaves out a tensor", lambda v: v["weight_map"].pop(TENSOR) and None, "up_proj"),
-    ("leads outside", lambda v: v["weight_map"].update({TENSOR: "../teacher/model.safetensors"}), "index|outside|teacher"),
+    (
+        "leads outside",
+        lambda v: v["weight_map"].update({TENSOR: "../teacher/model.safetensors"}),
+        "index|outside|teacher",
+    ),
     ("has no map", lambda v: {"metadata": {}}, "index"),
     ("has a list for a map", lambda v: {"weight_map": [1]}, "index"),
     ("has numbers for files", lambda v: {"weight_map": dict.fromkeys(v["weight_map"], 3)}, "index"),

@@ -5,7 +5,19 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.hostile.case import EVALUATE, PREPARE, REHEARSE, SMOLLM2, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, Prepare, as_it_is
+from tests.hostile.case import (
+    EVALUATE,
+    PREPARE,
+    REHEARSE,
+    SMOLLM2,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+    Prepare,
+    as_it_is,
+)
 
 type Words = Callable[[str], tuple[str, ...]]
 
@@ -16,7 +28,15 @@ INPUTS: dict[str, Words] = {
     "train data": lambda path: (*TRAIN, f"data.texts={{{path}: 1.0}}"),
     "rehearse model.hf": lambda path: (*REHEARSE, f"model.hf={path}"),
     "prepare_data --input": lambda path: (*PREPARE, path),
-    "prepare_data --tokenizer": lambda path: ("prepare_data", "--input", "corpus", "--output", "out/x", "--tokenizer", path),
+    "prepare_data --tokenizer": lambda path: (
+        "prepare_data",
+        "--input",
+        "corpus",
+        "--output",
+        "out/x",
+        "--tokenizer",
+        path,
+    ),
     "evaluate --hf": lambda path: (*EVALUATE, path),
     "evaluate --reference": lambda path: (*EVALUATE, "model", "--reference", path),
     "evaluate --text": lambda path: (*EVALUATE, "model", "--text", path),

@@ -1,72 +1,63 @@
-"""Runs cases: each in a copy of the bench, in a child of this process, which has imported everything and runs no threads."""
+"""Runs cases: each in a copy of the bench, in a fork of this process, which has imported all and runs no threads."""
 
 import atexit
 import ctypes
-import hashlib
 import importlib
 import os
 import pickle
-import re
 import resource
 import runpy
 import shutil
 import signal
-import stat
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.hostile import bench
 from tests.hostile.case import Case
+from tests.hostile.judge import Outcome, judge, snapshot
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = {name: ROOT / "tools" / f"{name}.py" for name in (
-    "prepare_data", "evaluate", "convert_checkpoint", "make_demo_texts", "make_smollm2"
-)}  # fmt: skip
+PROGRAMS = {
+    name: ROOT / "tools" / f"{name}.py"
+    for name in ("prepare_data", "evaluate", "convert_checkpoint", "make_demo_texts", "make_smollm2")
+}
 TRAIN = "longred_megatron.train"
 WARM = (
-    "torch", "transformers", "megatron.core", "pyarrow.parquet", "sentencepiece", "yaml", TRAIN,
-    "longred_megatron.training.rehearsal", "longred_megatron.checkpoint.convert", "longred_megatron.data.prepare",
-    "longred_megatron.evaluation.evaluate", "transformers.models.auto.modeling_auto", "tests.hostile.bench",
-    "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "transformers.models.auto.tokenization_auto", "torch.utils.tensorboard",
-    "megatron.core.datasets.indexed_dataset", "megatron.core.models.gpt", "longred_megatron.training.microbatches",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "megatron.core",
+    "pyarrow.parquet",
+    "sentencepiece",
+    "yaml",
+    TRAIN,
+    "longred_megatron.training.rehearsal",
+    "longred_megatron.checkpoint.convert",
+    "longred_megatron.data.prepare",
+    "longred_megatron.evaluation.evaluate",
+    "transformers.models.auto.modeling_auto",
+    "tests.hostile.bench",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.auto.tokenization_auto",
+    "torch.utils.tensorboard",
+    "megatron.core.datasets.indexed_dataset",
+    "megatron.core.models.gpt",
+    "longred_megatron.training.microbatches",
+)
 MEMORY_LIMIT_BYTES = 24 << 30  # of addresses: torch maps many that it never uses
 QUIET = {
-    "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 BUILD_SECONDS = 120.0
 GRACE_SECONDS = 3.0
-
-type Snapshot = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a case. code: negative for a signal; leftovers: what changed that may not."""
-
-    case: Case
-    code: int
-    stdout: str
-    stderr: str
-    leftovers: tuple[str, ...]
-    seconds: float
-    complaints: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.complaints
-
-    @property
-    def first_line(self) -> str:
-        lines = [line for line in self.stderr.splitlines() if re.match(r"([^:]*: )?error: ", line)]
-        return (lines or self.stderr.splitlines() or self.stdout.splitlines() or [""])[0]
 
 
 def warm() -> None:
@@ -81,7 +72,7 @@ def warm() -> None:
 def run_cases(cases: Iterable[Case], folder: Path, jobs: int = 2) -> Iterator[Outcome]:
     """Runs cases side by side below `folder`, a bench for each place; yields outcomes as they come."""
     places = [folder / f"place-{number}" for number in range(jobs)]
-    for building in [_Child(place, lambda place=place: _build(place), BUILD_SECONDS) for place in places]:
+    for building in [Child(place, lambda place=place: _build(place), BUILD_SECONDS) for place in places]:
         if (code := building.wait()) != 0:
             raise RuntimeError(f"the bench cannot be built ({code}): {building.stderr[-2000:]}")
     for place in places:
@@ -91,13 +82,13 @@ def run_cases(cases: Iterable[Case], folder: Path, jobs: int = 2) -> Iterator[Ou
         for place in places:
             if place not in running and waiting:
                 case = waiting.pop()
-                running[place] = _Child(place, lambda place=place, case=case: _run(place, case), case.seconds, case)
+                running[place] = Child(place, lambda place=place, case=case: _run(place, case), case.seconds, case)
             if place in running and running[place].ended():
-                yield _judge(running.pop(place))
+                yield judge(running.pop(place))
         time.sleep(0.005)
 
 
-class _Child:
+class Child:
     """A forked process that calls `function` with its output in files, in a process group of its own."""
 
     def __init__(self, place: Path, function: Callable[[], Any], seconds: float, case: Case | None = None) -> None:
@@ -157,18 +148,28 @@ class _Child:
 
     def _end_group(self) -> None:
         """Ends the processes that this one has left; helpers that end by themselves get a moment for it."""
-        try:
-            for _ in range(round(GRACE_SECONDS / 0.02)):
-                os.killpg(self.pid, 0)
-                time.sleep(0.02)
+        until = time.monotonic() + GRACE_SECONDS
+        while (left := _living(self.pid)) and time.monotonic() < until:
+            time.sleep(0.05)
+        self.left_processes = bool(left)
+        if left:
             os.killpg(self.pid, signal.SIGKILL)
-            self.left_processes = True
-        except ProcessLookupError:
-            self.left_processes = False
 
     @property
     def work(self) -> Path:
         return self.place / "here" / "work"
+
+
+def _living(group: int) -> list[int]:
+    """The processes of a group that are no zombies: no parent may be there to bury those."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # pid (name) state parent group
+            state, _, own_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(own_group) == group and state != "Z":
+                found.append(int(path.parent.name))
+    return found
 
 
 def become(function: Callable[[], Any], stdin: Path, stdout: int, stderr: int) -> NoReturn:
@@ -260,24 +261,11 @@ def call(command: tuple[str, ...]) -> None:
 
 def _exec(command: tuple[str, ...]) -> None:
     program, *arguments = command
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ |= {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": str(ROOT / "build" / "matplotlib")}
     if program == "sh":
         os.execvp("bash", ["bash", "-c", arguments[0]])
     start = ["-m", TRAIN] if program == "train" else [str(PROGRAMS[program])]
     os.execv(sys.executable, [sys.executable, *start, *arguments])
-
-
-def snapshot(folder: Path) -> Snapshot:
-    """Every path below `folder`, and what is there: kind, mode, content."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if stat.S_ISREG(mode):
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        else:
-            content = os.readlink(path) if path.is_symlink() else ""
-        found[str(path.relative_to(folder))] = f"{mode:o} {content}"
-    return found
 
 
 def remove(folder: Path) -> None:
@@ -285,54 +273,3 @@ def remove(folder: Path) -> None:
     for path, _, _ in os.walk(folder):
         Path(path).chmod(0o700)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _judge(child: _Child) -> Outcome:
-    case, place = child.case, child.place
-    assert case is not None
-    stdout, stderr = child.stdout, child.stderr
-    leftovers: tuple[str, ...] = ()
-    complaints = []
-    if not (place / "before").exists():
-        complaints.append(f"the case cannot be prepared: {stderr[-600:]}")
-    else:
-        before: Snapshot = pickle.loads((place / "before").read_bytes())
-        leftovers = tuple(_changes(before, snapshot(place / "here"), case, child.code))
-        complaints += _complaints(case, child, stdout, stderr)
-        complaints += [f"left: {', '.join(leftovers[:6])}"] if leftovers else []
-        if case.check and (found := case.check(child.work)):
-            complaints.append(found)
-    return Outcome(case, child.code, stdout, stderr, leftovers, child.seconds, tuple(complaints))
-
-
-def _changes(before: Snapshot, after: Snapshot, case: Case, code: int) -> Iterator[str]:
-    allowed = [f"work/{path}" for path in (*case.writes, *(["out"] if code == 0 else []))]
-    for path in sorted(before.keys() | after.keys()):
-        same = before.get(path) == after.get(path)
-        if same or any(path == each or path.startswith(f"{each}/") for each in allowed):
-            continue
-        kind = "+" if path not in before else "-" if path not in after else "~"
-        yield f"{kind}{path.removeprefix('work/')}"
-
-
-def _complaints(case: Case, child: _Child, stdout: str, stderr: str) -> Iterator[str]:
-    if child.seconds > child.limit:
-        yield f"took more than {child.limit:.0f} s"
-    elif child.code not in case.codes:
-        yield f"exit code {child.code}, not {' or '.join(map(str, case.codes))}"
-    if "Traceback" in stdout + stderr:
-        yield f"a traceback: {(stderr.strip() or stdout.strip()).splitlines()[-1]}"
-    messages = re.findall(r"^(?:[^:\n]*: )?error: ", stderr, re.MULTILINE)
-    if child.code == 2 and len(messages) != 1:
-        yield f"{len(messages)} messages"
-    if child.code in case.codes:
-        text = stderr if child.code == 2 else stdout + stderr
-        for pattern in case.says:
-            if not re.search(pattern, text, re.IGNORECASE):
-                yield f"does not say /{pattern}/"
-    if case.interrupt and child.signalled is None:
-        yield "ended before it was interrupted"
-    elif case.interrupt and child.seconds - (child.signalled - child.started) > case.interrupt.within_seconds:
-        yield f"ended {child.seconds - (child.signalled - child.started):.1f} s after the signal"
-    if child.left_processes and not case.background:
-        yield "left processes"

@@ -51,14 +51,27 @@ def names(path: str) -> Iterator[str]:
 
 
 def cases() -> Iterator[Case]:
-    things: list[Callable[[Path], None]] = [folder_of_files, a_file, a_link, a_link_to_a_marked_folder,
-                                            a_folder_called_as_the_marker]  # fmt: skip
+    things: list[Callable[[Path], None]] = [
+        folder_of_files,
+        a_file,
+        a_link,
+        a_link_to_a_marked_folder,
+        a_folder_called_as_the_marker,
+    ]
     for command, (words, output) in OUTPUTS.items():
         for name in names(output):
             for make in things if name.endswith("t.partial") and "/" not in name else things[:2]:
                 yield of(f"{command}: {name} is {make.__name__.replace('_', ' ')}", words, name, make)
-    for name in ("run/checkpoints/step-000003.partial", "run/hf.partial", "run/checkpoints/mine", "run/thesis",
-                 "run/hf-step-000002", "run/checkpoints/damaged-step-000002", "run/.lock", "run/checkpoints/step-3"):  # fmt: skip
+    for name in (
+        "run/checkpoints/step-000003.partial",
+        "run/hf.partial",
+        "run/checkpoints/mine",
+        "run/thesis",
+        "run/hf-step-000002",
+        "run/checkpoints/damaged-step-000002",
+        "run/.lock",
+        "run/checkpoints/step-3",
+    ):
         for make in things[:2]:
             yield of(f"resume: {name} is {make.__name__.replace('_', ' ')}", RESUME, name, make)
 
