@@ -38,6 +38,7 @@ def main() -> None:
     runner.warm()
     folder = Path(tempfile.mkdtemp(prefix="hostile-")).resolve()  # no TemporaryDirectory: children would remove it
     try:
+        print(flush=True)
         for outcome in runner.run_cases(chosen.values(), folder, options.jobs):
             done += 1
             failed += not outcome.ok

@@ -1,6 +1,8 @@
 """Ends are ends: signals at any moment, to any command; within five seconds, with nothing left."""
 
+import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,8 +23,14 @@ from tests.hostile.case import (
 LONG_TRAIN = ("train", "recipe.yaml", "run.dir=out", "training.steps=100000", "training.checkpoint_every_steps=2")
 
 
-def at_once(folder: Path) -> bool:
-    return True
+def started_long_ago(seconds: float) -> Callable[[Path], bool]:
+    """After so many seconds of a command."""
+    first: dict[Path, float] = {}
+
+    def when(folder: Path) -> bool:
+        return time.monotonic() - first.setdefault(folder, time.monotonic()) > seconds
+
+    return when
 
 
 def has(pattern: str) -> Callable[[Path], bool]:
@@ -37,11 +45,11 @@ def many_texts(folder: Path) -> None:
 SLOW = {
     "prepare_data": ((*PREPARE, "corpus"), many_texts, has("out/.*partial")),
     "prepare_data, 2 workers": ((*PREPARE, "corpus", "--workers=2"), many_texts, has("out/.*partial")),
-    "evaluate": ((*EVALUATE, "model", "--samples=1000", "--depths=50"), as_it_is, at_once),
-    "hf-to-megatron": ((*TO_MEGATRON, "model"), as_it_is, at_once),
-    "megatron-to-hf": ((*TO_HF, "converted"), as_it_is, at_once),
-    "verify": ((*VERIFY, "converted"), as_it_is, at_once),
-    "make_demo_texts": (("make_demo_texts", "--output", "out"), as_it_is, at_once),
+    "evaluate": ((*EVALUATE, "model", "--samples=1000", "--depths=50"), as_it_is, started_long_ago(0.1)),
+    "hf-to-megatron": ((*TO_MEGATRON, "model"), as_it_is, started_long_ago(0.1)),
+    "megatron-to-hf": ((*TO_HF, "converted"), as_it_is, started_long_ago(0.1)),
+    "verify": ((*VERIFY, "converted"), as_it_is, started_long_ago(0.1)),
+    "make_demo_texts": (("make_demo_texts", "--output", "out"), as_it_is, started_long_ago(0.1)),
 }
 
 
@@ -66,7 +74,7 @@ def cases() -> Iterator[Case]:
             TRAIN,
             code=(code, -number),
             writes=("out",),
-            interrupt=Interrupt(number, at_once),
+            interrupt=Interrupt(number, started_long_ago(0.1)),
         )
         yield Case(
             f"rehearse: {number.name}",
@@ -106,17 +114,6 @@ def cases() -> Iterator[Case]:
     )
 
 
-def started_long_ago(seconds: float) -> Callable[[Path], bool]:
-    import time
-
-    first: dict[Path, float] = {}
-
-    def when(folder: Path) -> bool:
-        return time.monotonic() - first.setdefault(folder, time.monotonic()) > seconds
-
-    return when
-
-
 def whole(folder: Path) -> str | None:
     names = [path.name for path in (folder / "out" / "checkpoints").iterdir()]
     return f"left {names}" if any(not name.startswith("step-") or "." in name for name in names) else None
@@ -124,9 +121,6 @@ def whole(folder: Path) -> str | None:
 
 def killed(folder: Path) -> None:
     """prepare_data with two workers, killed while it writes, as a cluster does: the first process alone."""
-    import os
-    import time
-
     from tests.hostile import runner
 
     pid = os.fork()
