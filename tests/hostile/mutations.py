@@ -83,7 +83,12 @@ def replaced(values: Any, place: list[int], new: Any) -> Any:
 
 
 def in_json(place: list[int], new: Any) -> Callable[[bytes], bytes]:
-    return lambda content: json.dumps(replaced(json.loads(content), place, new)).encode()
+    def change(content: bytes) -> bytes:
+        values = json.loads(content)
+        values.pop("digest", None)  # of checkpoint.json itself: earlier versions wrote none
+        return json.dumps(replaced(values, place, new)).encode()
+
+    return change
 
 
 def in_yaml(place: list[int], new: Any) -> Callable[[bytes], bytes]:
