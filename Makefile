@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts chaos study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts chaos hostile study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -38,6 +38,9 @@ layouts: setup ## the table of layouts against one process, up to 8 ranks (5 min
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos
+
+hostile: setup ## every command on damaged, insane and malicious input, by class (10 minutes)
+	$(PYTHON_IN_VENV) -m tests.hostile
 
 study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)
 	$(PYTHON_IN_VENV) tools/study_packed.py

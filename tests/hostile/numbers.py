@@ -1,0 +1,287 @@
+"""Numbers that are not sane, in config.json, a recipe, a command: an answer within seconds, with the key."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.hostile import bench
+from tests.hostile.case import (
+    DEMO_TEXTS,
+    EVALUATE,
+    PREPARE,
+    REHEARSE,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+    Prepare,
+    writing,
+)
+
+HUGE, NAN, INFINITE = 10**15, float("nan"), float("inf")
+READERS = (
+    ("train", TRAIN),
+    ("evaluate", (*EVALUATE, "model")),
+    ("hf-to-megatron", (*TO_MEGATRON, "model")),
+    ("rehearse", REHEARSE),
+)
+SIZES = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "head_dim",
+)
+WRONG_SIZES = (0, -4, 2.5, "32", True, [32], {"a": 1}, HUGE, 10**400)
+CONFIG: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(SIZES, WRONG_SIZES),
+    "rms_norm_eps": (0, -1e-6, NAN, INFINITE, "small", None, 1e300),
+    "rope_parameters.rope_theta": (0, -1e4, NAN, INFINITE, "big", None, [1e4]),
+    "rope_parameters.rope_type": ("spiral", 5, None),
+    "rope_parameters": (5, [1], "default"),
+    "hidden_act": ("tanhh", 5, None, ["silu"]),
+    "tie_word_embeddings": ("no", 5),
+    "attention_bias": ("no", 5),
+    "model_type": (5, ["llama"], None, "", "../llama"),
+    "quantization_config": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, {"quant_method": "fp8"}, 5),
+    "dual_chunk_attention_config": ({"chunk_size": 64, "local_size": 8},),
+    "sliding_window": ({"a": 1},),
+    "architectures": (["MambaForCausalLM"], 5),
+}
+# What these mean to transformers is no one's mistake.
+HARMLESS = {("sliding_window", 0), ("tie_word_embeddings", 1), ("architectures", 0), ("architectures", 1)}
+
+RECIPE: dict[str, tuple[object, ...]] = {
+    "model.max_position_embeddings": (0, -1, 1.5, "x", HUGE, 10**400, NAN, True),
+    "model.rope": (
+        {"method": "abf", "theta": 0},
+        {"method": "abf", "theta": -1.0},
+        {"method": "abf", "theta": NAN},
+        {"method": "abf", "theta": 1e308},
+        {"method": "pi", "factor": 0},
+        {"method": "yarn", "factor": -2.0},
+        {"method": "yarn", "factor": 1e300},
+        {"method": "yarn", "beta_fast": 0.0, "beta_slow": 32.0},
+        {"method": "longrope", "short_factor": [], "long_factor": []},
+        {"method": "longrope", "short_factor": [0.0] * 4, "long_factor": [NAN] * 4},
+        {"method": "dynamic", "factor": INFINITE},
+    ),
+    "step.tokens_per_microbatch": (0, -256, HUGE, 10**400, 255, 256.0, "256"),
+    "objectives.long_text.microbatches": (0, -1, 10**6, HUGE, 1.5),
+    "objectives.long_text.sequence_length": (0, -1, HUGE, 10**400, 7),
+    "objectives.short_to_long.weight": (-1.0, NAN, INFINITE, 1e39, 1e300),
+    "objectives.short_restoration.layers": ([], [0], [-1], [5], [1, 1], [10**30], ["1"], [[1]]),
+    "data.texts": ({"texts": 0.0}, {"texts": -1.0}, {"texts": NAN}, {"texts": 1e400}, {}),
+    "optimizer.lr": (0.0, -1.0, NAN, INFINITE, 1e39, 1e308),
+    "optimizer.betas": ([1.0, 1.0], [0.9], [-0.1, 0.9], [NAN, 0.9], [0.9, 0.95, 0.99]),
+    "optimizer.eps": (0.0, -1.0, NAN, 1e300),
+    "optimizer.weight_decay": (-1.0, NAN, INFINITE, 1e300),
+    "optimizer.clip_grad": (-1.0, NAN, INFINITE),
+    "optimizer.warmup_steps": (-1, 10**30, 1.5),
+    "optimizer.min_lr": (-1.0, NAN, 1e30),
+    "training.steps": (0, -1, 2**63, 10**30, 1.5, "x"),
+    "training.seed": (-1, 2**64, 10**30, 1.5),
+    "training.checkpoint_every_steps": (0, -1, 1.5),
+    "training.keep_checkpoints": (0, -1),
+    "training.hang_minutes": (0.0, -1.0, NAN, 1e300),
+    "parallel.tensor": (0, -1, 3, 10**9, HUGE),
+    "parallel.pipeline": (0, 3, 10**9, HUGE),
+    "parallel.context": (0, 3, 10**9, HUGE),
+    "parallel.virtual_pipeline": (0, 1, 10**9),
+    "parallel.layers_per_chunk": ([], [0], [4, 4], [-4, 8], [10**30]),
+}
+STRANGE: dict[str, str] = {
+    "nested lists by the thousand": "model: " + "[" * 20_000 + "]" * 20_000,
+    "nested mappings by the thousand": "model: " + "{a: " * 20_000 + "}" * 20_000,
+    "nested blocks": "\n".join(" " * n + f"k{n}:" for n in range(1500)),
+    "an anchor that holds itself": "model: &a {hf: *a}",
+    "a list that holds itself": "objectives: &a [*a]",
+    "100,000 keys": "\n".join(f"key{n}: 1" for n in range(100_000)),
+    "a number of 10,000 digits": "training: {steps: 1" + "0" * 10_000 + "}",
+    "a hundred bases": "base: recipe.yaml",
+    "a date": "training: 2024-01-01",
+    "a key that is a list": "? [1, 2]\n: 3",
+    "two documents": "a: 1\n---\nb: 2",
+    "an unknown alias": "model: *nothing",
+    "tabs": "model:\n\thf: x",
+    "no mapping": "- 1",
+    "a NUL": "model: \0",
+    "a megabyte of text": "model: " + "x" * 2_000_000,
+}
+
+
+def cases() -> Iterator[Case]:
+    for number, (key, values) in enumerate(CONFIG.items()):
+        for place, value in enumerate(values):
+            name, command = READERS[(number + place) % len(READERS)]
+            code = (0, 2) if (key, place) in HARMLESS else 2
+            words = f"{key.split('.')[-1]}|config\\.json|model|window"
+            yield Case(
+                f"{name}: config.json {key}: {brief(value)}",
+                command,
+                bench.config(key, value),
+                code,
+                says=(words,) if code == 2 else (),
+                seconds=60 if name == "rehearse" else 10,
+            )
+    yield from (*recipes(), *command_lines(), *json_files())
+
+
+def recipes() -> Iterator[Case]:
+    for key, values in RECIPE.items():
+        for value in values:
+            section, *deeper = key.split(".")
+            prepare = setting(key, value)
+            words = re.escape(deeper[-1] if deeper else section)
+            yield Case(
+                f"recipe: {key}: {brief(value)}",
+                TRAIN if key != "training.steps" else TRAIN[:3],
+                prepare,
+                says=(words,),
+            )
+    for name, text in STRANGE.items():
+        yield Case(f"recipe: {name}", TRAIN, writing("recipe.yaml", text), says=("recipe.yaml|model|training",))
+
+
+def setting(key: str, value: object) -> Prepare:
+    """As YAML, or, what only a command line could say, in YAML's words for it."""
+    import yaml
+
+    def prepare(folder: Path) -> None:
+        path = folder / "recipe.yaml"
+        values = yaml.safe_load(path.read_text())
+        *sections, last = key.split(".")
+        at = values
+        for section in sections:
+            at = at.setdefault(section, {})
+        at[last] = value
+        path.write_text(yaml.safe_dump(values))
+
+    return prepare
+
+
+def command_lines() -> Iterator[Case]:
+    evaluate = (*EVALUATE, "model")
+    for flag, values in {
+        "--window": ("0", "-1", "1", "x", "1.5", "1e9", str(10**15), "9" * 400),
+        "--original-window": ("0", "-1", str(10**15)),
+        "--lengths": ("0", "-5", str(10**15)),
+        "--depths": ("0", "-1", "1000000", str(10**15)),
+        "--samples": ("0", "-1", str(10**15)),
+        "--keys": ("0", "1", "1000000", str(10**15)),
+        "--short-windows": ("0", "-1"),
+        "--long-windows": ("0", "-1"),
+        "--tokens-per-batch": ("0", "-1"),
+        "--seed": ("x", "1.5"),
+        "--dtype": ("int4", ""),
+        "--device": ("cuda", "tpu"),
+    }.items():
+        for value in values:
+            yield Case(f"evaluate {flag} {brief(value)}", (*evaluate, f"{flag}={value}"), says=(flag,))
+    for value in ("-1", str(2**64), "9" * 300):
+        yield Case(f"evaluate --seed {brief(value)}", (*evaluate, f"--seed={value}"), code=(0, 2))
+    for flag in ("--short-windows", "--long-windows"):  # as many as there are
+        yield Case(f"evaluate {flag} 10^15", (*evaluate, f"{flag}={10**15}"), code=(0, 2))
+    prepare = (*PREPARE, "corpus")
+    yield Case("prepare_data --workers 1000000", (*prepare, "--workers=1000000"), code=(0, 2))
+    for flag, values in {"--min-tokens": ("0", "-1", "x", str(10**30)), "--workers": ("0", "-1", "x")}.items():
+        for value in values:
+            yield Case(f"prepare_data {flag} {brief(value)}", (*prepare, f"{flag}={value}"), says=(flag,))
+    for flag, values in {"--share": ("0", "-1", "nan", "inf", "1e300", "x"), "--seed": ("x",)}.items():
+        for value in values:
+            yield Case(
+                f"make_demo_texts {flag} {brief(value)}", (*DEMO_TEXTS, "out", f"{flag}={value}"), says=(flag[2:],)
+            )
+    for override in (
+        "training.steps=",
+        "training.steps=1e3",
+        "=1",
+        "training",
+        "training.steps.x=1",
+        "--steps=1",
+        ".=1",
+        "training..steps=1",
+        "a" * 5000 + "=1",
+        ".".join("a" * 2000) + "=1",
+        "phases.0.steps=1",
+        "training.steps=[" + "[" * 5000,
+        "objectives.x=1",
+        "model=null",
+        "base=x",
+    ):
+        yield Case(f"override {brief(override)}", (*TRAIN[:3], override), says=("",))
+
+
+def json_files() -> Iterator[Case]:
+    """Files beside a model that are no JSON, or JSON of another kind."""
+    texts = {
+        "empty": "",
+        "no JSON": "{",
+        "a list": "[]",
+        "null": "null",
+        "a number": "5",
+        "{}": "{}",
+        "nested": "[" * 100_000,
+        "a number of 10,000 digits": '{"vocab_size": 1' + "0" * 10_000 + "}",
+        "latin-1": b'{"a": "\xe9"}',
+        "NUL": "\0" * 100,
+        "keys twice": '{"vocab_size": 1, "vocab_size": 258}',
+    }
+    for name, text in texts.items():
+        for reader, command in READERS[:3]:
+            yield Case(
+                f"{reader}: config.json is {name}",
+                command,
+                writing("model/config.json", text),
+                says=(r"config\.json|model",),
+            )
+    tokenizers = (("prepare_data", (*PREPARE, "corpus")), ("evaluate", (*EVALUATE, "model")), ("train", TRAIN))
+    for name in ("empty", "no JSON", "a list", "null", "{}", "nested", "latin-1"):
+        for reader, command in tokenizers:
+            yield Case(
+                f"{reader}: tokenizer.json is {name}",
+                command,
+                writing("model/tokenizer.json", texts[name]),
+                says=("tokenizer",),
+            )
+    for name in ("empty", "no JSON", "a list", "nested", "latin-1"):
+        for reader, command in (*tokenizers, ("hf-to-megatron", (*TO_MEGATRON, "model"))):
+            # A conversion copies it.
+            code = (0, 2) if reader == "hf-to-megatron" else 2
+            yield Case(
+                f"{reader}: tokenizer_config.json is {name}",
+                command,
+                writing("model/tokenizer_config.json", texts[name]),
+                code,
+                ("tokenizer",) * (code == 2),
+            )
+        yield Case(
+            f"megatron-to-hf: generation_config.json is {name}",
+            (*TO_HF, "converted"),
+            writing("model/generation_config.json", texts[name]),
+            code=(0, 2),
+        )
+        yield Case(
+            f"verify: config.json is {name}",
+            (*VERIFY, "converted"),
+            writing("model/config.json", texts[name]),
+            says=("config|model",),
+        )
+
+
+def brief(value: object) -> str:
+    text = (
+        value
+        if isinstance(value, str)
+        else json.dumps(value)
+        if not isinstance(value, int)
+        else f"{value:.4g}"
+        if abs(value) < 10**300
+        else "10^400"
+    )
+    return text if len(text) < 40 else f"{text[:36]}..."

@@ -1,0 +1,19 @@
+"""Nothing is wrong: every command works on the bench, and leaves only its output."""
+
+from collections.abc import Iterator
+
+from tests.hostile.case import DEMO_TEXTS, EVALUATE, PREPARE, REHEARSE, RESUME, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case
+
+
+def cases() -> Iterator[Case]:
+    yield Case("train", TRAIN, code=0)
+    yield Case("train goes on", RESUME, code=0, writes=("run",), says=("resuming after step 2",))
+    yield Case("train, all is done", (*RESUME[:2], "training.steps=2"), code=0, writes=("run",), says=("done",))
+    yield Case("prepare_data", (*PREPARE, "corpus"), code=0)
+    yield Case("evaluate", (*EVALUATE, "model"), code=0)
+    yield Case("hf-to-megatron", (*TO_MEGATRON, "model"), code=0)
+    yield Case("megatron-to-hf of a conversion", (*TO_HF, "converted"), code=0)
+    yield Case("megatron-to-hf of a run", (*TO_HF, "run/checkpoints/step-000002"), code=0)
+    yield Case("verify", (*VERIFY, "converted"), code=0)
+    yield Case("make_demo_texts", (*DEMO_TEXTS, "out"), code=0)
+    yield Case("rehearse", REHEARSE, code=0, seconds=120, quick=False)
