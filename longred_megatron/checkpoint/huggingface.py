@@ -30,7 +30,15 @@ from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Rule
-from longred_megatron.files import PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
+from longred_megatron.files import (
+    PARTIAL,
+    begin_folder,
+    finish_folder,
+    read_json,
+    reason,
+    remove_unfinished,
+    write_text,
+)
 from longred_megatron.model.chunk import ModelChunk
 
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit: "5GB"
@@ -109,7 +117,7 @@ def export(
     shards: list[Shard] = []
     with _failing_together(output, temporary):
         dtypes = _target_dtypes(source_hf, dtype)
-        raw_config = json.loads((source_hf / CONFIG).read_text())
+        raw_config = read_json(source_hf / CONFIG)
         if is_first_rank:
             check_free(output)
             begin_folder(output)
@@ -290,4 +298,5 @@ def _sentence(error: OSError | SafetensorError, output: Path) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
     if full:
         return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
-    return f"{output}: the model could not be written ({reason(error)}); nothing was written"
+    where = getattr(error, "filename", None) or output
+    return f"{where}: the model could not be written ({reason(error)}); nothing was written"

@@ -41,9 +41,7 @@ def check_run_folder(recipe: Recipe) -> None:
         return
     wrong = [name for name, is_kind in _KINDS.items() if (folder / name).exists() and not is_kind(folder / name)]
     if wrong:
-        raise UserError(
-            f"run.dir: {folder}: {', '.join(wrong)} should be a file or a folder and is the other; remove it"
-        )
+        raise UserError(f"run.dir: {folder}: {', '.join(wrong)}: a folder where a file should be, or a file; remove it")
     try:
         earlier = load_recipe(stored)
     except UserError as error:
