@@ -83,6 +83,7 @@ def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         pickle.UnpicklingError: the index names something else than the parts of an index.
         FAILURES: damaged, or without a tensor of `state`.
     """
+    index = read_index(folder)
     tensors, rest, factories = load_preprocess(_without_objects(state))
     tensors, _ = extract_matching_values(tensors, lambda value: isinstance(value, ShardedTensor))
     sharded = list(nested_values(tensors))
@@ -94,7 +95,7 @@ def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
         flatten_state_dict=False,
         flatten_sharded_tensors=False,
     )
-    dcp.load(found, storage_reader=_Reader(folder), planner=planner, no_dist=True)
+    dcp.load(found, storage_reader=_Reader(folder, index), planner=planner, no_dist=True)
     loaded = {key: _unwrap_pyt_sharded_tensor(value) for key, value in found.items()}
     loaded = _replace_sharded_keys_with_state_dict_keys(loaded, flat, renamed)
     _restore_dict_types(loaded, tensors)
@@ -142,8 +143,12 @@ class _IndexUnpickler(pickle.Unpickler):
 class _Reader(dcp.FileSystemReader):
     """torch's reader with the index that was checked; torch itself would unpickle the file again, whatever it names."""
 
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_index(Path(self.path))
+        return self._index
 
 
 def _foreign_entries(index: Metadata) -> Iterator[str]:
