@@ -184,7 +184,11 @@ def checkpoints() -> Iterator[Case]:
         ):
             for by_torch in (True, False):
                 kind = "torch.save" if by_torch else "pickle"
-                yield Case(f"{name}bytes at {key}, {kind}", command, bytes_at(checkpoint, key, by_torch), **then)
+                # Entries that hold no weights may be passed over.
+                passed = {} if key == "output_layer.weight" else {"code": (0, 2), "says": ()}
+                yield Case(
+                    f"{name}bytes at {key}, {kind}", command, bytes_at(checkpoint, key, by_torch), **then | passed
+                )
 
 
 def modules() -> Iterator[Case]:

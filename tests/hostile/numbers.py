@@ -284,4 +284,4 @@ def brief(value: object) -> str:
         if abs(value) < 10**300
         else "10^400"
     )
-    return text if len(text) < 40 else f"{text[:36]}..."
+    return text if len(text) < 80 else f"{text[:36]}...{text[-30:]}"

@@ -151,7 +151,7 @@ def undigested(change: Callable[[dict], object]) -> Callable[[dict], object]:
 
 
 def checkpoint_files() -> Iterator[Case]:
-    for pattern in ("*.distcp", ".metadata", "metadata.json"):
+    for pattern in ("*.distcp", ".metadata"):
         for name, prepare in damaged(f"converted/{pattern}"):
             yield Case(f"verify: {pattern} {name}", (*VERIFY, "converted"), prepare, says=("converted",))
         for name, prepare in damaged(f"{STEP}/{pattern}"):
@@ -163,7 +163,7 @@ def checkpoint_files() -> Iterator[Case]:
                 writes=("run",),
                 says=("warning.*step-000002", "resuming after step 1"),
             )
-    for file in ("__0_0.distcp", ".metadata", "metadata.json", "checkpoint.json"):
+    for file in ("__0_0.distcp", ".metadata", "checkpoint.json"):
         yield Case(
             f"megatron-to-hf: no {file}", (*TO_HF, "converted"), remove(f"converted/{file}"), says=("converted",)
         )
