@@ -85,6 +85,19 @@ def appearing_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def without_new_parents(path: Path) -> Iterator[None]:
+    """Removes, when the block fails, the folders above `path` that were made in it and are empty."""
+    new = [folder for folder in path.absolute().parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextmanager
 def appearing_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to write into; it becomes `path`, which may be an empty folder, when the block ends.
 
@@ -93,13 +106,14 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: see `begin_folder`.
     """
-    partial = begin_folder(path)
-    try:
-        yield partial
-        finish_folder(path)
-    except BaseException:
-        remove_unfinished(partial)
-        raise
+    with without_new_parents(path):
+        partial = begin_folder(path)
+        try:
+            yield partial
+            finish_folder(path)
+        except BaseException:
+            remove_unfinished(partial)
+            raise
 
 
 def begin_folder(path: Path) -> Path:
@@ -124,7 +138,7 @@ def finish_folder(path: Path) -> None:
 
 def remove_unfinished(partial: Path) -> bool:
     """Removes an unfinished folder of this program. False: something else is there, and stays."""
-    if (partial / MARKER).is_file():
+    if (partial / MARKER).is_file() and not partial.is_symlink():
         for child in partial.iterdir():
             if child.name != MARKER:
                 _remove(child)

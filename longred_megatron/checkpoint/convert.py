@@ -19,7 +19,7 @@ from longred_megatron.checkpoint.weight_files import INDEX, SINGLE, WeightFiles
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture, read_architecture
-from longred_megatron.files import try_output
+from longred_megatron.files import try_output, without_new_parents
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
@@ -41,7 +41,7 @@ def hf_to_megatron(hf: Path, output: Path) -> None:
     architecture = read_architecture(hf)
     with WeightFiles(hf) as files:
         dtype = _dtype_holding(files)
-    with _one_process() as groups:
+    with without_new_parents(output), _one_process() as groups:
         chunks = _build(architecture, dtype, groups)
         load_weights(chunks, hf, architecture, groups)
         description = {"architecture": asdict(architecture), "source_hf": str(hf), "dtype": dtype}
@@ -69,7 +69,7 @@ def megatron_to_hf(checkpoint: Path, output: Path) -> None:
     architecture = description.architecture
     source, dtype = _source(checkpoint, description, architecture)
     recipe = checkpoint / RECIPE
-    with _one_process() as groups:
+    with without_new_parents(output), _one_process() as groups:
         chunks = _build(architecture, description.dtype, groups)
         distributed.check(checkpoint)
         distributed.load(checkpoint, chunks)

@@ -160,6 +160,10 @@ def read_description(path: Path) -> Description:
         raise UserError(f"{path}: not a checkpoint of this project ({DESCRIPTION}: {where}: {first['msg']})") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this project ({DESCRIPTION}: {reason(error)})") from None
+    if unknown := raw["architecture"].keys() - asdict(described.architecture).keys():
+        raise UserError(
+            f"{path}: {DESCRIPTION}: architecture.{min(unknown)} is not known; use the version that wrote it"
+        )
     for name, value in asdict(described.architecture).items():
         if type(value) is int and value < 1:
             raise UserError(f"{path}: {DESCRIPTION}: architecture.{name} is {value}, less than 1; it is damaged")

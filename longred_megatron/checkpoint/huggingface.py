@@ -1,7 +1,6 @@
 """Weights from a Hugging Face folder into the model chunks of any layout, and from any layout into a folder."""
 
 import errno
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +53,12 @@ class Record:
 
 
 def read_record(hf: Path) -> Record | None:
-    """The record of an exported folder; None where there is none, or no whole one."""
+    """The record of an exported folder; None where there is none, or where a weight file is not as large as it says."""
     try:
-        return Record(**json.loads((hf / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        values = read_json(hf / RECORD)
+        is_whole = all((hf / file).stat().st_size == size for file, size in values.pop("bytes").items())
+        return Record(**values) if is_whole else None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
 
 
@@ -138,7 +139,8 @@ def export(
             if recipe_text is not None:
                 write_text(temporary / "recipe.yaml", recipe_text)
             if record is not None:
-                write_json(temporary / RECORD, asdict(record))
+                sizes = {file.name: file.stat().st_size for file in temporary.glob("*.safetensors")}
+                write_json(temporary / RECORD, asdict(record) | {"bytes": sizes})
             finish_folder(output)
 
 

@@ -55,7 +55,8 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
 }  # fmt: skip
-# Checkpoints of earlier versions hold what is no tensor as Megatron writes it: the pickle of [values].
+# Checkpoints of earlier versions have this file, and hold what is no tensor as Megatron writes it: a pickle of [values].
+_OF_EARLIER = "metadata.json"
 _EARLIER_VALUES = MetadataIndex("common_state/shard_0_1")
 _EARLIER_EMPTY = "._extra_state/"
 
@@ -121,7 +122,7 @@ def read_index(folder: Path) -> Metadata:
     """
     try:
         index = _IndexUnpickler(io.BytesIO((folder / INDEX).read_bytes())).load()
-        foreign = [*_foreign_entries(index)]
+        foreign = [*_foreign_entries(index, is_earlier=(folder / _OF_EARLIER).is_file())]
     except pickle.UnpicklingError:
         raise
     except OSError:
@@ -151,10 +152,10 @@ class _Reader(dcp.FileSystemReader):
         return self._index
 
 
-def _foreign_entries(index: Metadata) -> Iterator[str]:
+def _foreign_entries(index: Metadata, is_earlier: bool) -> Iterator[str]:
     for key, entry in index.state_dict_metadata.items():
-        is_earlier = isinstance(entry, BytesStorageMetadata) and (key == _EARLIER_VALUES.fqn or _EARLIER_EMPTY in key)
-        if not isinstance(entry, TensorStorageMetadata) and not is_earlier:
+        is_known = isinstance(entry, BytesStorageMetadata) and (key == _EARLIER_VALUES.fqn or _EARLIER_EMPTY in key)
+        if not isinstance(entry, TensorStorageMetadata) and not (is_earlier and is_known):
             yield str(key)
     for place in index.storage_data.values():
         if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:

@@ -21,7 +21,15 @@ from longred_megatron.data.indexed import file_mark
 from longred_megatron.data.skipped import Kind, Skipped, named
 from longred_megatron.data.tokenizer import file_digests, load_tokenizer
 from longred_megatron.errors import UserError
-from longred_megatron.files import MARKER, PARTIAL, begin_folder, reason, remove_unfinished, try_output
+from longred_megatron.files import (
+    MARKER,
+    PARTIAL,
+    begin_folder,
+    reason,
+    remove_unfinished,
+    try_output,
+    without_new_parents,
+)
 
 # The order in which they appear: a set without an index is never read.
 OUTPUT_SUFFIXES = (".bin", ".json", ".idx")
@@ -162,7 +170,7 @@ def _unfinished_set(output_prefix: Path, overwrite: bool) -> Iterator[Path]:
     path = output_prefix.with_name(f".{output_prefix.name}")
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with _locked(partial):
+        with without_new_parents(path), _locked(partial):
             _clear_halves(partial, output_prefix)
             _check_existing(output_prefix, overwrite)
             begin_folder(path)

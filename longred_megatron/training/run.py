@@ -234,7 +234,7 @@ def _newest_step(folder: Path) -> int:
 def _save(run: PhaseRun, whole: Recipe, step: int, watchdog: Watchdog) -> None:
     watchdog.progress(f"the checkpoint of step {step}")
     path = run_folder.checkpoint_path(whole.run.dir, step)
-    if not path.exists():
+    if not path.is_dir():
         description = {
             "architecture": asdict(run.student),
             "source_hf": str(whole.model.hf),

@@ -3,11 +3,13 @@
 import os
 import re
 import shutil
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from longred_megatron.checkpoint.distributed import DESCRIPTION
 from longred_megatron.errors import UserError
 from longred_megatron.files import PARTIAL, remove_unfinished
 from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
@@ -96,28 +98,31 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of the complete checkpoints, oldest first."""
-    found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in (folder / "checkpoints").glob("step-*")]
+    found = [(re.fullmatch(r"step-(\d{6,})", p.name), p) for p in (folder / "checkpoints").glob("step-*") if p.is_dir()]
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint, so that it is no longer one of `checkpoints`. Returns its new path."""
-    aside = path.with_name(f"damaged-{path.name}")
-    path.rename(aside)
-    return aside
+    return path.rename(_free(path.with_name(f"damaged-{path.name}")))
 
 
 def set_export_aside(path: Path, step: int | None) -> Path:
     """Renames an export, which is the model after `step` if that is known. Returns its new path."""
-    name = f"{EXPORT}-earlier" if step is None else f"{EXPORT}-step-{step:06}"
-    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
-    return path.rename(next(aside for each in names if not (aside := path.with_name(each)).exists()))
+    return path.rename(_free(path.with_name(f"{EXPORT}-earlier" if step is None else f"{EXPORT}-step-{step:06}")))
+
+
+def _free(path: Path) -> Path:
+    """`path`, or where something is there path-2, path-3, ..."""
+    names = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
+    return next(each for each in names if not os.path.lexists(each))
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints, and what a killed process left half-written."""
     for _, path in checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+        if (path / DESCRIPTION).is_file():  # a checkpoint, and not something else of its name
+            shutil.rmtree(path)
     for path in (folder / "checkpoints").glob(f"*{PARTIAL}"):
         remove_unfinished(path)
 

@@ -509,9 +509,9 @@ def test_null_section_that_has_a_default(write: Write, values: dict[str, Any]) -
 
 # Round trip
 
-names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12) | st.sampled_from(
-    ["1e5", "off", "null", "~", "010", "1:30", "2024-01-31", "true", "-", "a: b", "#", "x" * 200]
-)
+names = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12
+) | st.sampled_from(["1e5", "off", "null", "~", "010", "1:30", "2024-01-31", "true", "-", "a: b", "#", "x" * 200])
 path_text = names.map(lambda name: os.path.abspath(f"/{name}"))  # as loading leaves them: /a/../b is /b
 positive = st.floats(min_value=1e-20, max_value=1e20)
 count = st.integers(min_value=1, max_value=1_000_000)

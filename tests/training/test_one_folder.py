@@ -41,7 +41,9 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def record(run: Path) -> dict[str, object]:
-    return json.loads((run / "hf" / "longred_megatron.json").read_text())
+    values = json.loads((run / "hf" / "longred_megatron.json").read_text())
+    assert values.pop("bytes") == {"model.safetensors": (run / "hf" / "model.safetensors").stat().st_size}
+    return values
 
 
 def test_the_model_is_of_the_last_step_also_after_a_stop(
@@ -66,8 +68,11 @@ def test_the_model_is_of_the_last_step_also_after_a_stop(
 def test_an_export_of_something_else_is_kept_aside(recipe: Path, tmp_path: Path) -> None:
     main([str(recipe), "training.steps=1"])
     expected = record(tmp_path / "run")
-    for aside in ("hf-earlier", "hf-earlier-2"):
-        (tmp_path / "run" / "hf" / "longred_megatron.json").write_text("[]")
+    for aside in ("hf-earlier", "hf-earlier-2", "hf-earlier-3"):
+        if aside == "hf-earlier-3":
+            (tmp_path / "run" / "hf" / "model.safetensors").unlink()
+        else:
+            (tmp_path / "run" / "hf" / "longred_megatron.json").write_text("[]")
         main([str(recipe), "training.steps=1"])
         assert record(tmp_path / "run") == expected and (tmp_path / "run" / aside / "config.json").exists()
 
