@@ -15,8 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-# Waits for torchrun, then says the message again, below torchrun's own page. A zombie is gone, too: who waits for the end
-# of our output may collect it only later.
+# Waits for torchrun, then says the message again, below torchrun's own page. A zombie is gone, too: who waits for the
+# end of our output may collect it only later.
 _LAST_WORD = """
 import os, sys, time
 def state():
@@ -32,7 +32,7 @@ os.write(2, sys.argv[2].encode(errors="backslashreplace") + b"\\n")
 _LONGEST_REASON = 500  # characters of an unexpected error's message that are shown; the file has all
 _SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # no fault of the program
 
-_report_folder: Path | None = None
+_report_folders: list[Path] = []  # the last one that exists gets the traceback
 
 
 class UserError(Exception):
@@ -44,9 +44,8 @@ class UserError(Exception):
 
 
 def report_beside(folder: Path) -> None:
-    """The traceback of what is unexpected goes into `folder` from now on, where it exists; else to the temporary one."""
-    global _report_folder
-    _report_folder = folder
+    """From now on the traceback of what is unexpected goes into `folder`, if it exists; else into the temporary one."""
+    _report_folders.append(folder)
 
 
 def run_cli(main: Callable[[], None]) -> NoReturn:
@@ -74,22 +73,11 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except UserError as error:
-        code, message = 2, _listed_problems(error.problems)
     except SystemExit as error:
         code = error.code
-    except KeyboardInterrupt:
-        code = 130
     except BaseException as error:  # MemoryError and a Rust panic, too
-        if received:  # the SystemExit became another error on its way
-            code = 128 + received[0]
-        elif isinstance(error, BrokenPipeError) and _nobody_reads():
-            code = 128 + signal.SIGPIPE
-        elif isinstance(error, OSError) and error.errno in _SURROUNDINGS:
-            where = f"{error.filename}: " if error.filename else ""
-            code, message = 2, f"error: {plain(f'{where}{error.strerror}')}; nothing more could be written or read"
-        else:
-            code, message = 1, _unexpected(error)
+        # Where a signal was received, its SystemExit became another error on its way.
+        code, message = (128 + received[0], "") if received else _end_of(error)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # while the interpreter shuts down, a signal just ends it
     if message:
@@ -118,6 +106,20 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
+def _end_of(error: BaseException) -> tuple[int, str]:
+    """Exit code and message."""
+    if isinstance(error, UserError):
+        return 2, _listed_problems(error.problems)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"error: {plain(f'{where}{error.strerror}')}; free space or permissions, then start again"
+    return 1, _unexpected(error)
+
+
 def _listed_problems(problems: list[str]) -> str:
     if len(problems) == 1:
         return f"error: {plain(problems[0])}"
@@ -130,11 +132,11 @@ def _unexpected(error: BaseException) -> str:
     if len(what) > _LONGEST_REASON:
         what = what[:_LONGEST_REASON] + " ..."
     trace = "".join(traceback.format_exception(error))
-    for folder in (_report_folder, Path(tempfile.gettempdir())):
+    for folder in (*reversed(_report_folders), Path(tempfile.gettempdir())):
         with suppress(OSError, ValueError):
-            if folder is not None and folder.is_dir():
+            if folder.is_dir():
                 handle, path = tempfile.mkstemp(".txt", "unexpected-error-", folder)
-                with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+                with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{sys.argv}\n{trace}")
                 return f"unexpected error: {what}; this is a bug: please report it with the file {plain(path)}"
     return f"unexpected error: {what}; this is a bug: please report it with the command that you ran"
