@@ -55,15 +55,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     SystemExit inside `main`), 141 when nobody reads the output any more, 1 for what is unexpected: one line, and the
     traceback in a file. What takes long to import belongs inside `main`: before it, a signal ends in a traceback.
     """
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        sys.exit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and a script's `&`
-            signal.signal(number, stop)
+    received = _stop_at_signals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII locale
@@ -104,6 +96,20 @@ def multiples(value: int, of: int) -> str:
 def listed(values: Iterable[Any]) -> str:
     """Comma-separated, for a message."""
     return ", ".join(str(value) for value in values)
+
+
+def _stop_at_signals() -> list[int]:
+    """Ctrl-C and SIGTERM become a SystemExit. Returns the signals received, filled as they come."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and a script's `&`
+            signal.signal(number, stop)
+    return received
 
 
 def _end_of(error: BaseException) -> tuple[int, str]:
