@@ -1,5 +1,6 @@
 """Damaged and hostile model folders: one message, no code run, nothing measured."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.models import read_facts
+from longred_megatron.evaluation.report import check_output
 from longred_megatron.hugging_face import load_causal_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -109,3 +112,38 @@ def test_no_code_of_the_folder_runs(folder: Path, tmp_path: Path, kind: str, mon
     except UserError:
         pass
     assert not payload.exists()
+
+
+@pytest.mark.parametrize("place", ["file/below", "x" * 300, "nul\0", "link"])
+def test_the_output_is_tried_before_any_model_is_read(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="--output"):
+        check_output(tmp_path / place)
+
+
+@pytest.mark.parametrize("name", ["num_depths", "num_samples", "num_keys", "num_long_windows", "tokens_per_batch"])
+@pytest.mark.parametrize("value", [-1, 10**15])
+def test_absurd_numbers_are_told(name: str, value: int) -> None:
+    [problem] = Settings(**{name: value}).problems()
+    assert name.removeprefix("num_").replace("_", "-") in problem
+
+
+def test_windows_and_prompts_have_bounds() -> None:
+    assert Settings(extended_window=10**15, lengths=(10**15,)).problems()
+    assert Settings(seed=-1).problems()
+    assert Settings(num_depths=1000, num_samples=10_000).problems()
+
+
+def test_a_full_disk_does_not_lose_the_numbers(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("longred_megatron.evaluation.evaluate.write_text", full)
+    shown: list[object] = []
+    settings = Settings((text_file,), (text_file,), "text", 64, 256, 2, 2, (256,), 1, 1, 2, device="cpu")
+    with pytest.raises(OSError, match="No space"):
+        evaluate([folders["base"]], tmp_path, settings=settings, show=shown.append)
+    assert shown
