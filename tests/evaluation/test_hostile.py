@@ -14,6 +14,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.models import read_facts
 from longred_megatron.evaluation.report import check_output
+from longred_megatron.evaluation.texts import load_encoder
 from longred_megatron.hugging_face import load_causal_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -147,3 +148,10 @@ def test_a_full_disk_does_not_lose_the_numbers(
     with pytest.raises(OSError, match="No space"):
         evaluate([folders["base"]], tmp_path, settings=settings, show=shown.append)
     assert shown
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_told(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer"):
+        load_encoder(folder)
