@@ -1,7 +1,17 @@
 """Longer context windows for open language models, without making them worse on short texts."""
 
-import logging
-import warnings
+import sys
+
+
+def _quiet_at_ctrl_c(kind: type[BaseException], *details: object) -> None:
+    if kind is not KeyboardInterrupt:  # before `run_cli` has begun: while a command's first imports run
+        sys.__excepthook__(kind, *details)  # type: ignore[arg-type]
+
+
+sys.excepthook = _quiet_at_ctrl_c
+
+import logging  # noqa: E402
+import warnings  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -12,13 +12,15 @@ import argparse
 import time
 
 from longred_megatron.errors import run_cli
-from longred_megatron.evaluation.evaluate import Settings, evaluate
-from longred_megatron.evaluation.report import PAGE, format_table
-from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    # Here, since they take seconds: see `run_cli`.
+    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.report import PAGE, format_table
+    from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
+
     started = time.perf_counter()
     _say(1, "check that the base model converts to Megatron and back")
     if not (DEMO / "megatron").exists():

@@ -13,6 +13,7 @@ Everything depends on nothing but the generator passed in and the Python version
 
 import json
 import math
+import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from pydoc_data.topics import topics
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.retrieval_text import WORDS, draw_keys, needle
-from longred_megatron.files import write_text
+from longred_megatron.files import try_output, write_text
 
 MOST_KEYS = 32  # of one text
+MOST_SHARE = 100  # 40 GB of texts
 NEEDLE_TOKENS = 9  # of a needle, newline included, by the tokenizer of tests/assets/tiny_base
 
 # Never trained on: perplexity is measured here, and retrieval between these lines.
@@ -199,11 +201,13 @@ def write_sets(folder: Path, names: Iterable[str], seed: int, share: float = 1.0
     paths = {name: folder / f"{name}.jsonl" for name in names}
     known = ", ".join(SETS)
     problems = [f"set {name!r} is unknown: choose from {known}" for name in paths if name not in SETS]
-    problems += [f"{path} is there already: choose another folder" for path in paths.values() if path.exists()]
-    if share <= 0:
-        problems.append(f"share is {share}: it must be above 0")
+    problems += [f"{path} is there already: choose another folder" for path in paths.values() if os.path.lexists(path)]
+    if not 0 < share <= MOST_SHARE:
+        problems.append(f"share is {share}: it must be above 0 and at most {MOST_SHARE:,}")
     if problems:
         raise UserError(*problems)
+    for path in paths.values():
+        try_output(path, "--output")
     written = {}
     for name, path in paths.items():
         texts = list(SETS[name](share, random.Random(f"{seed}/{name}")))

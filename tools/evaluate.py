@@ -7,10 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from longred_megatron.dtypes import TORCH_DTYPES
-from longred_megatron.errors import run_cli
-from longred_megatron.evaluation.evaluate import Settings, evaluate
-from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
+from longred_megatron.errors import report_beside, run_cli
 
 EXAMPLES = """examples:
   # the original model first, then what was made of it
@@ -29,6 +26,9 @@ results.json. It must be new, empty, or hold an earlier report."""
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
+    from longred_megatron.dtypes import TORCH_DTYPES  # here and below: what takes seconds to import, see `run_cli`
+    from longred_megatron.evaluation.evaluate import Settings
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -74,6 +74,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
+    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
+
+    report_beside(options.output)
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),
         long_texts=tuple(options.text if options.long_text is None else options.long_text),
@@ -91,15 +95,15 @@ def main(arguments: list[str] | None = None) -> None:
         device=options.device,
         dtype=options.dtype,
     )
-    report = evaluate(
+    evaluate(
         options.hf,
         options.output,
         settings=settings,
         reference=options.reference,
         names=options.name,
         command=shlex.join(["python", "tools/evaluate.py", *arguments]),
+        show=lambda report: print(format_table(report), flush=True),
     )
-    print(format_table(report))
     print(f"\nwritten: {options.output / PAGE}, {options.output / RESULTS}")
 
 

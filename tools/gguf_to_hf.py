@@ -72,7 +72,9 @@ def _open(gguf_file: Path) -> dict[str, Any]:
 def _config(gguf_file: Path, window: int | None) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    config = AutoConfig.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True, trust_remote_code=False
+    )
     own_window = config.max_position_embeddings
     if window is not None and not 1 <= window <= own_window:
         raise UserError(
@@ -93,7 +95,9 @@ def _save_tokenizer(gguf_file: Path, output: Path, window: int) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, local_files_only=True, trust_remote_code=False
+    )
     tokenizer.model_max_length = window
     rule = GGUFReader(gguf_file).get_field("tokenizer.ggml.pre")
     if rule and rule.contents() == "smollm":

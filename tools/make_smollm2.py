@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from longred_megatron.errors import UserError, run_cli
-from longred_megatron.files import appearing_folder
+from longred_megatron.files import appearing_folder, try_output
 
 EXAMPLES = """examples:
   # as released: a window of 8,192 tokens
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Raises UserError: output in use, package or file not to be had, or a result that does not work."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
     output: Path = options.output
+    try_output(output, "--output")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another --output folder or remove this one")
     if options.gguf is not None and not options.gguf.is_file():

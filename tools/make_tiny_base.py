@@ -15,14 +15,7 @@ import math
 import shutil
 from pathlib import Path
 
-import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from demo_texts import write_sets
-from longred_megatron.data.prepare import prepare
-from longred_megatron.data.tokenizer import load_tokenizer
 from longred_megatron.errors import run_cli
 from tiny_runs import BASE, ROOT, train
 
@@ -43,6 +36,11 @@ SEED = 2024
 def write_windows(texts: Path, prefix: Path, num_tokens: int) -> int:
     """Indexes the first `num_tokens` tokens of each text, so that a training sequence is one text: a key asked for
     was said in it. Returns their number; shorter texts are left out."""
+    import numpy as np  # here and below, since these take seconds: see `run_cli`
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    from longred_megatron.data.tokenizer import load_tokenizer
+
     tokenizer = load_tokenizer(BASE / "tokenizer.model")
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     num_windows = 0
@@ -58,9 +56,12 @@ def write_windows(texts: Path, prefix: Path, num_tokens: int) -> int:
 def write_start(asset: Path, output: Path, seed: int) -> None:
     """A folder like `asset` with random weights: normal, of the config's initializer_range; what is added to the
     residual stream is smaller by sqrt(2 x layers), as in GPT-2."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     shutil.copytree(asset, output, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.manual_seed(seed)
-    config = AutoConfig.from_pretrained(asset)
+    config = AutoConfig.from_pretrained(asset, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -70,6 +71,8 @@ def write_start(asset: Path, output: Path, seed: int) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    from longred_megatron.data.prepare import prepare
+
     texts = {name: BUILD / "texts" / f"{name}.jsonl" for name in SETS}
     write_sets(BUILD / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
     (BUILD / "data").mkdir(exist_ok=True)

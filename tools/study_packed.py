@@ -13,15 +13,13 @@ import argparse
 import statistics
 import time
 from pathlib import Path
-
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
+from typing import TYPE_CHECKING
 
 from longred_megatron.errors import run_cli
-from longred_megatron.evaluation.evaluate import Settings, evaluate
-from longred_megatron.evaluation.report import ModelReport
 from tiny_runs import BASE, RUNS, prepare_texts, train
+
+if TYPE_CHECKING:  # here and below: what takes seconds to import, see `run_cli`
+    from longred_megatron.evaluation.report import ModelReport
 
 STUDY = RUNS / "study_packed"
 TEACHER = RUNS / "tiny_long_cpt/hf"
@@ -38,6 +36,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the data's order (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of each run (default: %(default)s)")
     arguments = parser.parse_args()
+    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.report import check_output
+
+    check_output(STUDY)
     started = time.perf_counter()
     texts = prepare_texts()
     train("recipes/tiny_long_cpt.yaml")
@@ -67,7 +69,7 @@ def main() -> None:
     for place, (loss, theta) in enumerate(students):
         groups[f"{loss}, {theta} theta"] = others[place * arguments.seeds : (place + 1) * arguments.seeds]
     table = markdown(groups)
-    (STUDY / "table.md").write_text(table)
+    (STUDY / "table.md").write_text(table, encoding="utf-8")
     draw(groups, STUDY / "retrieval.png")
     print(table)
     print(f"table, picture and page: {STUDY}")
@@ -82,12 +84,12 @@ def _trained(loss: str, theta: str, seed: int, steps: int) -> Path:
     return folder / "hf"
 
 
-def retrieval(model: ModelReport, length: int) -> float:
+def retrieval(model: "ModelReport", length: int) -> float:
     """Share of prompts of `length` tokens answered, mean of one key and of several."""
     return statistics.mean(result.accuracy_at(length) for result in model.retrieval)
 
 
-def markdown(groups: dict[str, list[ModelReport]]) -> str:
+def markdown(groups: "dict[str, list[ModelReport]]") -> str:
     """One row a group: mean and, over several seeds, smallest to largest."""
 
     def cell(values: list[float], scale: float, digits: int, unit: str) -> str:
@@ -104,8 +106,12 @@ def markdown(groups: dict[str, list[ModelReport]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(groups: dict[str, list[ModelReport]], path: Path) -> None:
+def draw(groups: "dict[str, list[ModelReport]]", path: Path) -> None:
     """Retrieval by length: a line for each group's mean, a dot for each seed."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
     colours = dict(zip(groups, ("#888888", "#222222", "#1f7a78", "#7fb8a4", "#c2541b", "#f2b07a"), strict=True))
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")

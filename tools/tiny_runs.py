@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 from demo_texts import write_sets
-from longred_megatron.data.prepare import prepare
 from longred_megatron.errors import UserError
-from longred_megatron.parallel.local_ranks import training_command
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, DEMO, RUNS = ROOT / "tests/assets/tiny_base", ROOT / "demo", ROOT / "runs"
@@ -19,6 +17,8 @@ SEED = 2024
 
 def prepare_texts() -> dict[str, Path]:
     """Writes the demo's texts and indexed data sets that are not there yet; returns the texts by set."""
+    from longred_megatron.data.prepare import prepare  # here and below, since it takes long: see `run_cli`
+
     texts = {name: DEMO / "texts" / f"{name}.jsonl" for name in TRAINING_SETS + HELD_OUT_SETS}
     write_sets(DEMO / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
     for name in TRAINING_SETS:
@@ -31,14 +31,20 @@ def prepare_texts() -> dict[str, Path]:
 
 def train(recipe: Path | str, *overrides: str) -> None:
     """On two data-parallel ranks, a core each, where there are two: the result does not depend on it."""
+    from longred_megatron.parallel.local_ranks import training_command
+
     run(*training_command(recipe, num_ranks=min(2, os.cpu_count() or 1))[1:], *overrides)
 
 
 def run(*arguments: object) -> None:
     """Runs a command of the project in a process of its own. Raises `UserError` when it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, check=False)
-    if done.returncode:
-        raise UserError(
-            f"`{' '.join(map(str, arguments))}` failed with exit code {done.returncode}; its message is above"
-        )
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment)
+    try:
+        code = process.wait()
+    finally:  # this process is to stop: so is that one, which ends its ranks
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code:
+        raise UserError(f"`{' '.join(map(str, arguments))}` failed with exit code {code}; its message is above")

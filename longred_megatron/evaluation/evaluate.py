@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from longred_megatron.evaluation.models import (
 )
 from longred_megatron.evaluation.perplexity import loss_by_position
 from longred_megatron.evaluation.report import ModelReport, Report
+from longred_megatron.evaluation.retrieval_text import WORDS
 from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
 from longred_megatron.evaluation.texts import (
     TextEncoder,
@@ -39,6 +40,17 @@ from longred_megatron.files import write_text
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
 # Each costs a forward pass of two models, and a mean over 16 windows of tokens is steady.
 SIMILARITY_WINDOWS = 16
+# Far above what anybody measures: a slip of the hand is told before it costs days.
+LONGEST_TOKENS, MOST_PROMPTS = 100_000_000, 1_000_000
+RANGES = {
+    "num_short_windows": (1, 100_000),
+    "num_long_windows": (1, 100_000),
+    "num_depths": (1, 1_000),
+    "num_samples": (1, 100_000),
+    "num_keys": (2, len(WORDS) // 2),  # a key and its value are different words
+    "tokens_per_batch": (1, 2**31),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -70,24 +82,25 @@ class Settings:
 
     def problems(self) -> list[str]:
         """One sentence for every setting out of its range."""
-        at_least = {
-            "num_short_windows": 1,
-            "num_long_windows": 1,
-            "num_depths": 1,
-            "num_samples": 1,
-            "num_keys": 2,
-            "tokens_per_batch": 1,
-        }
         found = [
-            f"--{key.removeprefix('num_').replace('_', '-')} {value}: must be at least {least}"
-            for key, least in at_least.items()
-            if (value := getattr(self, key)) is not None and value < least
+            f"--{key.removeprefix('num_').replace('_', '-')} {value}: must be {least:,} to {most:,}"
+            for key, (least, most) in RANGES.items()
+            if (value := getattr(self, key)) is not None and not least <= value <= most
         ]
+        if not found and (num_prompts := len(self.lengths or "1") * self.num_depths * self.num_samples) > MOST_PROMPTS:
+            found.append(
+                f"--lengths, --depths and --samples make {num_prompts:,} prompts; "
+                f"at most {MOST_PROMPTS:,} can be measured: lower one"
+            )
         for key, flag in (("original_window", "--original-window"), ("extended_window", "--window")):
             value = getattr(self, key)
-            if value is not None and value < 2:
-                found.append(f"{flag} {value}: must be at least 2 tokens")
-        return found + [f"--lengths {length}: must be at least 1 token" for length in self.lengths if length < 1]
+            if value is not None and not 2 <= value <= LONGEST_TOKENS:
+                found.append(f"{flag} {value}: must be 2 to {LONGEST_TOKENS:,} tokens")
+        return found + [
+            f"--lengths {length}: must be 1 to {LONGEST_TOKENS:,} tokens"
+            for length in self.lengths
+            if not 1 <= length <= LONGEST_TOKENS
+        ]
 
 
 @dataclass(frozen=True)
@@ -108,13 +121,15 @@ def evaluate(
     reference: Path | None = None,
     names: Sequence[str] = (),
     command: str | None = None,
+    show: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measures Hugging Face folders and writes `output`/results.json and `output`/report.html.
 
     reference: the model the others started from, default the first of `models`; one that is not among them is
     measured first. names: one for each of `models`, default the shortest ends of their paths that differ.
-    command: shown at the end of the page. Raises `UserError` for missing folders, texts too short, settings
-    out of range, or an `output` that holds other files; all of these are found before any weight is loaded.
+    command: shown at the end of the page. show: gets the report before it is written, which a full disk may
+    prevent. Raises `UserError` for missing folders, texts too short, settings out of range, or an `output` that
+    cannot be written or holds other files; all of these are found before any weight is loaded.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -128,34 +143,32 @@ def evaluate(
     short_source = text_source(settings.short_texts, settings.text_key)
     long_source = text_source(settings.long_texts, settings.text_key)
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
-
     encoders = [load_encoder(fact.path) for fact in facts]
-    corpora: dict[str, Corpus] = {}
-    for encoder in encoders:
-        if (key := encoder.fingerprint) not in corpora:
-            corpora[key] = build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
-
+    corpora = {
+        key: build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
+        for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
+    }
     base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
     results = []
     for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
         model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
         results.append(measure_model(model, base, corpora[encoder.fingerprint], tokens_per_batch))
         del model  # so that no more than the reference and one other are in memory
-
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
     if len(corpora) > 1:
         notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
     computed_with = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     finished = Report(
-        models=tuple(results),
-        original_window=original,
-        extended_window=extended,
+        tuple(results),
+        original,
+        extended,
         settings=_plain(settings) | {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch} | computed_with,
         versions=_versions(device),
         notes=tuple(notes),
         command=command,
         seconds=time.perf_counter() - started,
     )
+    show(finished)
     write_text(output / report.PAGE, page.render(finished))
     write_text(output / report.RESULTS, finished.to_json())
     return finished

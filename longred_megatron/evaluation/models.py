@@ -17,6 +17,18 @@ from longred_megatron.hugging_face import load_causal_model
 # Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
 # as Llama 3's.
 CHUNK_TOKENS = 1024
+MAX_CONFIG_BYTES = 10_000_000  # the largest known have thousands
+# Bounds that no model comes near, so that a damaged file is told before anything is built from it.
+SANE = (
+    ("max_position_embeddings", 2, 2**31),
+    ("num_hidden_layers", 1, 10_000),
+    ("hidden_size", 1, 2**20),
+    ("intermediate_size", 1, 2**22),
+    ("vocab_size", 1, 2**26),
+    ("num_attention_heads", 1, 2**16),
+    ("num_key_value_heads", 1, 2**16),
+    ("head_dim", 1, 2**16),
+)
 
 
 @dataclass(frozen=True)
@@ -73,16 +85,31 @@ def read_facts(path: Path) -> ModelFacts:
         raise UserError(f"{path}: no such folder; --hf takes folders that hold a Hugging Face model")
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: has no config.json; give the folder of a Hugging Face model")
+    if (size := (path / "config.json").stat().st_size) > MAX_CONFIG_BYTES:
+        raise UserError(f"{path}/config.json: has {size:,} bytes; a model's settings have at most {MAX_CONFIG_BYTES:,}")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        text_config = config.get_text_config()
+    except Exception as error:  # whatever transformers says of a damaged file
         raise UserError(
-            f"{path}/config.json: transformers cannot read it ({error}); give a causal language model"
+            f"{path}/config.json: transformers cannot read it ({type(error).__name__}: {error}); "
+            "give a causal language model"
         ) from error
-    text_config = config.get_text_config()
     window = getattr(text_config, "max_position_embeddings", None)
-    if not isinstance(window, int):
+    if not isinstance(window, int) or isinstance(window, bool):
         raise UserError(f"{path}/config.json: max_position_embeddings is missing; state the model's window there")
+    problems = [
+        f"{path}/config.json: {key} is {value!r}; must be {low:,} to {high:,}"
+        for key, low, high in SANE
+        if (value := getattr(text_config, key, low)) is not None
+        and not (isinstance(value, int) and low <= value <= high)
+    ]
+    if getattr(config, "quantization_config", None) is not None:
+        problems.append(
+            f"{path}/config.json: has quantization_config; only plain weights can be measured, remove it if they are"
+        )
+    if problems:
+        raise UserError(*problems)
     return ModelFacts(
         path=path,
         family=config.model_type,

@@ -11,6 +11,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.evaluation.perplexity import LossByPosition
 from longred_megatron.evaluation.retrieval import Retrieval
 from longred_megatron.evaluation.similarity import LayerSimilarity
+from longred_megatron.files import try_output
 
 KIND = "longred_megatron.evaluation"
 RESULTS, PAGE = "results.json", "report.html"
@@ -175,14 +176,13 @@ def _finite(value: Any) -> Any:
 def check_output(output: Path) -> None:
     """Raises `UserError` unless `output` can take a report without losing anything: new, empty, or the place
     of an earlier report."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; give a folder")
+    try_output(output / RESULTS, "--output")
     if not output.exists() or not any(output.iterdir()):
         return
     results = output / RESULTS
     try:
         held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError, OSError):
         held = None
     if not (isinstance(held, dict) and held.get("kind") == KIND):
         raise UserError(f"--output {output}: is not empty and holds no earlier report; give a new folder")

@@ -88,8 +88,15 @@ def _standard_library() -> TextSource:
 
 
 def load_encoder(path: Path) -> TextEncoder:
-    """The tokenizer of a Hugging Face folder. Raises `UserError` when transformers finds none there."""
-    return encoder_of(load_hugging_face(path))
+    """The tokenizer of a Hugging Face folder. Raises `UserError` when there is none, or a damaged one."""
+    try:
+        return encoder_of(load_hugging_face(path))
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers and tokenizers say of damaged files
+        raise UserError(
+            f"tokenizer {path}: cannot be used ({type(error).__name__}: {error}); its files are damaged"
+        ) from error
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:

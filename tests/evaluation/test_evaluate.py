@@ -136,7 +136,7 @@ def test_names_are_the_shortest_ends_that_differ() -> None:
     [
         ({"extended_window": 64}, "--window 64: is below the original window 128"),
         ({"num_samples": 0}, "--samples 0"),
-        ({"num_keys": 1}, "--keys 1: must be at least 2"),
+        ({"num_keys": 1}, "--keys 1: must be 2 to 100"),
         ({"lengths": (0,)}, "--lengths 0"),
         ({"dtype": "int8"}, "--dtype int8"),
         ({"tokens_per_batch": 0}, "--tokens-per-batch 0"),
