@@ -4,13 +4,14 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longred_megatron.errors import UserError, run_cli
+from longred_megatron.errors import UserError, report_beside, run_cli
 
 if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, and --help needs neither
     from longred_megatron.recipe import Phase, Recipe
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError:
         if is_main:
             raise
-        sys.exit(2)  # every rank finds the same mistake; the first one tells
+        time.sleep(5)  # every rank finds the same mistake; the first one tells, before torchrun ends the others
+        sys.exit(2)
 
     from longred_megatron.files import reason
     from longred_megatron.parallel.groups import destroy, initialize
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from longred_megatron.training.run_folder import check_run_folder
     from longred_megatron.training.run_lock import RunLock
 
+    report_beside(recipe.run.dir)
     # The watchdog names the rank that hangs; the groups' own limit, which names none, has to be the longer one.
     patience = timedelta(minutes=max(30, 2 * recipe.training.hang_minutes))
     with RunLock(recipe.run.dir) if is_main else nullcontext():

@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from longred_megatron.data.prepare import prepare
 from longred_megatron.errors import run_cli
 
 
@@ -42,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an existing set")
     given = parser.parse_args(arguments)
+    from longred_megatron.data.prepare import prepare  # takes long
+
     report = prepare(
         given.input,
         given.tokenizer,

@@ -55,7 +55,7 @@ _ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib", "Path"),
 }  # fmt: skip
-# Checkpoints of earlier versions have this file, and hold what is no tensor as Megatron writes it: a pickle of [values].
+# Checkpoints of earlier versions have this file, and hold what is no tensor as Megatron writes it: pickled [values].
 _OF_EARLIER = "metadata.json"
 _EARLIER_VALUES = MetadataIndex("common_state/shard_0_1")
 _EARLIER_EMPTY = "._extra_state/"
