@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -30,7 +31,11 @@ while state() not in "ZX" and time.monotonic() < end:
 os.write(2, sys.argv[2].encode(errors="backslashreplace") + b"\\n")
 """
 _LONGEST_REASON = 500  # characters of an unexpected error's message that are shown; the file has all
-_SURROUNDINGS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # no fault of the program
+# No fault of the program: disks and permissions, and paths.
+_SURROUNDINGS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR),
+)
 
 _report_folders: list[Path] = []  # the last one that exists gets the traceback
 
@@ -55,13 +60,14 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
     SystemExit inside `main`), 141 when nobody reads the output any more, 1 for what is unexpected: one line, and the
     traceback in a file. What takes long to import belongs inside `main`: before it, a signal ends in a traceback.
     """
-    received = _stop_at_signals()
+    stop = _Stop()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an ASCII locale
     code: int | str | None = 0
     message = ""
     try:
+        _check_working_directory()
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -69,9 +75,8 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         code = error.code
     except BaseException as error:  # MemoryError and a Rust panic, too
         # Where a signal was received, its SystemExit became another error on its way.
-        code, message = (128 + received[0], "") if received else _end_of(error)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # while the interpreter shuts down, a signal just ends it
+        code, message = (128 + stop.received, "") if stop.received else _end_of(error)
+    stop.end()
     if message:
         with suppress(OSError, ValueError):  # nobody reads, or it is closed
             print(message, file=sys.stderr, flush=True)
@@ -98,18 +103,62 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(str(value) for value in values)
 
 
-def _stop_at_signals() -> list[int]:
-    """Ctrl-C and SIGTERM become a SystemExit. Returns the signals received, filled as they come."""
-    received: list[int] = []
+def _check_working_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the working directory has been removed; change to another") from None
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+
+class _Stop:
+    """Ctrl-C and SIGTERM as a SystemExit in the main thread, which no library keeps.
+
+    Imports and callbacks have `except:` around code of others. As long as the main thread runs on without the
+    exception, the signal is sent again.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._is_over = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and a script's `&`
+                signal.signal(number, self._raise)
+        sys.unraisablehook = self._dropped
+
+    def end(self) -> None:
+        """While the interpreter shuts down, a signal just ends it."""
+        self._is_over.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            threading.Thread(target=self._insist, args=(number,), daemon=True).start()
+        self.received = number
         sys.exit(128 + number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and a script's `&`
-            signal.signal(number, stop)
-    return received
+    def _insist(self, number: int) -> None:
+        while not self._is_over.wait(0.3):
+            if _is_leaving(sys._current_exceptions().get(threading.main_thread().ident or 0)):
+                continue
+            is_ours = signal.getsignal(number) == self._raise
+            os.kill(os.getpid(), number)
+            if not is_ours:  # training has a handler of its own by now, which has been told
+                return
+
+    def _dropped(self, unraisable: Any) -> None:
+        """Of a callback from C: the garbage collector's, a destructor's."""
+        if not isinstance(unraisable.exc_value, SystemExit):
+            sys.__unraisablehook__(unraisable)
+
+
+def _is_leaving(error: BaseException | None) -> bool:
+    """Whether a SystemExit is on its way through `finally` and `with`, where another error may be handled."""
+    while error is not None:
+        if isinstance(error, SystemExit):
+            return True
+        error = error.__context__
+    return False
 
 
 def _end_of(error: BaseException) -> tuple[int, str]:
@@ -122,7 +171,7 @@ def _end_of(error: BaseException) -> tuple[int, str]:
         return 128 + signal.SIGPIPE, ""
     if isinstance(error, OSError) and error.errno in _SURROUNDINGS:
         where = f"{error.filename}: " if error.filename else ""
-        return 2, f"error: {plain(f'{where}{error.strerror}')}; free space or permissions, then start again"
+        return 2, f"error: {plain(f'{where}{error.strerror}')}; correct the path, its permissions or the free space"
     return 1, _unexpected(error)
 
 

@@ -74,14 +74,15 @@ def appearing_whole(path: Path) -> Iterator[Path]:
     The folder above is made. A file that is at `path` already is replaced. When the block fails it stays as it was, and
     what was written is removed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(_unfinished_name(path.name))
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with without_new_parents(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(_unfinished_name(path.name))
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

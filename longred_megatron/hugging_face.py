@@ -1,6 +1,5 @@
 """Models as transformers loads them: what is evaluated, and the reference for what Megatron computes."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from longred_megatron.errors import UserError
+from longred_megatron.files import read_json
 
 
 def load_causal_model(hf: Path, dtype: torch.dtype) -> Any:
@@ -38,7 +38,9 @@ def load_causal_model(hf: Path, dtype: torch.dtype) -> Any:
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-    except Exception as error:  # whatever transformers and safetensors say of a damaged folder
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers says of a damaged folder
         raise UserError(f"{hf}: transformers cannot load the model ({type(error).__name__}: {error})") from error
     problems = [*_loading_problems(hf, loading), *_value_problems(hf, model, files)]
     problems += [
@@ -90,12 +92,18 @@ def _tensor_files(hf: Path) -> dict[str, list[str]]:
     index = hf / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (hf / names[0]).is_file() and index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index of safetensors files ({error!r}); download it again") from None
     found: dict[str, list[str]] = {}
     for name in names:
-        with safe_open(hf / name, "pt") as file:
-            for tensor in file.keys():  # noqa: SIM118 (no mapping)
-                found.setdefault(tensor, []).append(name)
+        try:
+            with safe_open(hf / name, "pt") as file:
+                for tensor in file.keys():  # noqa: SIM118 (no mapping)
+                    found.setdefault(tensor, []).append(name)
+        except Exception as error:  # of safetensors, whatever its header ends in
+            raise UserError(f"{hf / name}: not a whole safetensors file ({error}); download it again") from None
     return found
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, 
     from longred_megatron.recipe import Phase, Recipe
     from longred_megatron.training.microbatches import MicroBatchSource
 
+_NUMBERS = {"RANK": "[0-9]{1,7}", "WORLD_SIZE": "[1-9][0-9]{0,6}", "MASTER_PORT": "[1-9][0-9]{0,4}"}
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _EXAMPLES = """examples:
   python -m longred_megatron.train recipes/tiny_longred_c.yaml
@@ -95,7 +96,7 @@ def _world(environment: Mapping[str, str]) -> tuple[int, int]:
     wrong = [
         f"{name}={environment[name]!r}"
         for name in _LAUNCHER
-        if name in environment and name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", environment[name])
+        if name in environment and name != "MASTER_ADDR" and not re.fullmatch(_NUMBERS[name], environment[name])
     ]
     if missing or wrong:
         said = [*wrong, *(f"no {name}" for name in missing)]
@@ -122,6 +123,8 @@ def _check(
     from longred_megatron.training.microbatches import open_data
     from longred_megatron.training.run_folder import check_run_folder
 
+    if os.path.realpath(recipe.run.dir) == os.path.dirname(os.path.realpath(path)):
+        raise UserError(f"run.dir: {recipe.run.dir} is the folder of the recipe itself; choose another folder")
     check_run_folder(recipe)
     if is_main:
         try_output(recipe.run.dir, "run.dir")

@@ -101,7 +101,7 @@ def verify_checkpoint(hf: Path, checkpoint: Path) -> Verification:
 @contextmanager
 def _one_process() -> Iterator[ProcessGroupCollection]:
     try:
-        yield initialize(Parallel(), seed=0)  # no random number is drawn
+        yield initialize(Parallel(), seed=0, alone=True)  # no random number is drawn
     finally:
         destroy()
 

@@ -74,8 +74,10 @@ def save(
             if add is not None:
                 add(partial)
             finish_folder(path)
-    except tensor_files.FAILURES as error:
+    except BaseException as error:
         remove_unfinished(partial)
+        if not isinstance(error, tensor_files.FAILURES):
+            raise
         raise UserError(
             f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were"
         ) from error

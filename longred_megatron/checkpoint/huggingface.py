@@ -287,6 +287,10 @@ def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
         problem = str(error)
     except (OSError, SafetensorError) as error:
         problem = _sentence(error, output)
+    except BaseException:  # Ctrl-C
+        if torch.distributed.get_rank() == 0:
+            remove_unfinished(temporary)
+        raise
     problems: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)  # the world: all ranks are in the export
     found = [text for text in problems if text]

@@ -5,6 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 
 import torch
@@ -134,7 +135,7 @@ def evaluate(
     started = time.perf_counter()
     settings = settings or Settings()
     facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
-    reference_index = 0 if reference is None else [fact.path.resolve() for fact in facts].index(reference.resolve())
+    reference_index = 0 if reference is None else [realpath(fact.path) for fact in facts].index(realpath(reference))
     report.check_output(output)
     original, extended = _windows(facts, facts[reference_index], settings)
     device = resolve_device(settings.device)
@@ -245,9 +246,9 @@ def _facts_and_names(
         problems.append(f"--name: {len(names)} names for {len(models)} models; give one for each --hf")
     if len(set(names)) != len(names):
         problems.append("--name: a name is given twice; names must differ")
-    if len({model.resolve() for model in models}) != len(models):
+    if len({realpath(model) for model in models}) != len(models):
         problems.append("--hf: a folder is given twice; name each model once")
-    extra = [] if reference is None or reference.resolve() in {model.resolve() for model in models} else [reference]
+    extra = [] if reference is None or realpath(reference) in {realpath(model) for model in models} else [reference]
     facts = []
     for path in extra + models:
         try:
@@ -261,7 +262,7 @@ def _facts_and_names(
 
 def default_names(paths: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart: runs/a/hf and runs/b/hf give a/hf and b/hf."""
-    parts = [path.resolve().parts for path in paths]
+    parts = [Path(realpath(path)).parts for path in paths]
     for length in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

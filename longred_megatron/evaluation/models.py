@@ -12,6 +12,8 @@ from transformers import AutoConfig
 from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
+from longred_megatron.families.config_checks import ignored_keys
+from longred_megatron.files import read_json
 from longred_megatron.hugging_face import load_causal_model
 
 # Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
@@ -108,6 +110,7 @@ def read_facts(path: Path) -> ModelFacts:
         problems.append(
             f"{path}/config.json: has quantization_config; only plain weights can be measured, remove it if they are"
         )
+    problems += [f"{path}/config.json: {each}" for each in ignored_keys(read_json(path / "config.json"), config)]
     if problems:
         raise UserError(*problems)
     return ModelFacts(

@@ -59,11 +59,12 @@ def size_problems(raw: dict[str, Any]) -> list[str]:
 
 def config_problems(raw: dict[str, Any], config: Any) -> list[str]:
     """What is wrong, each a sentence. raw: config.json; config: transformers' class made of it."""
-    return [*_ignored_keys(raw, config), *_head_problems(config), *_value_problems(config)]
+    return [*ignored_keys(raw, config), *_head_problems(config), *_value_problems(config)]
 
 
-def _ignored_keys(raw: dict[str, Any], config: Any) -> Iterator[str]:
-    known = _READ | {field.name for field in dataclasses.fields(config)}
+def ignored_keys(raw: dict[str, Any], config: Any) -> Iterator[str]:
+    """What speaks of the computation and is no setting of transformers' class, each a sentence."""
+    known = _READ | {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
     for key, value in raw.items():
         name = key.lower()
         harmless = name.startswith("_") or any(word in name for word in _HARMLESS)

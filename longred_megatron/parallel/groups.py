@@ -1,6 +1,8 @@
 """Process groups: started once here, handed to everything else as an argument."""
 
 import os
+import socket
+import time
 from datetime import timedelta
 
 import torch
@@ -12,8 +14,12 @@ from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
 
 
-def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30)) -> ProcessGroupCollection:
-    """Joins the world torchrun describes (or a world of one) and cuts it into Megatron's groups.
+def initialize(
+    parallel: Parallel, seed: int, timeout: timedelta = timedelta(minutes=30), alone: bool = False
+) -> ProcessGroupCollection:
+    """Joins the world torchrun describes (or one of this process, if there is none) and cuts it into Megatron's groups.
+
+    alone: a world of this process, whatever the environment says.
 
     NCCL where there is a GPU, gloo otherwise. Also seeds Megatron's random states.
 
@@ -25,7 +31,9 @@ def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(min
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        alone = "RANK" not in os.environ  # started without torchrun
+        alone = alone or "RANK" not in os.environ  # started without torchrun
+        if not alone:
+            _check_address(os.environ["MASTER_ADDR"])
         try:
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -48,6 +56,18 @@ def initialize(parallel: Parallel, seed: int, timeout: timedelta = timedelta(min
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _check_address(host: str) -> None:
+    """torch asks for the address of an unknown host until the groups' limit, half an hour, is over."""
+    for attempt in range(5):
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (socket.gaierror, UnicodeError) as error:
+            if attempt == 4:
+                raise UserError(f"MASTER_ADDR={host!r}: no such host ({error}); start ranks with torchrun") from None
+            time.sleep(1)  # a name server that is not up yet
 
 
 def destroy() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from longred_megatron.checkpoint.distributed import DESCRIPTION
 from longred_megatron.errors import UserError
-from longred_megatron.files import PARTIAL, remove_unfinished
+from longred_megatron.files import PARTIAL, reason, remove_unfinished
 from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
 from longred_megatron.settings import Mark, marked_keys
 from longred_megatron.training.run_lock import LOCK
@@ -32,18 +32,23 @@ _KINDS = {RECIPE: Path.is_file, METRICS: Path.is_file} | dict.fromkeys(
 def check_run_folder(recipe: Recipe) -> None:
     """Raises UserError when `run.dir` holds something else than an earlier part of this very run. Writes nothing."""
     folder = recipe.run.dir
-    if not folder.exists():
-        return
+    try:
+        if not folder.exists():
+            return
+    except OSError as error:
+        raise UserError(f"run.dir: {folder}: {reason(error)}; choose another folder") from None
     if not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose a folder")
     stored = folder / RECIPE
+    foreign = [path.name for path in folder.iterdir() if path.name not in (RANKS, LOCK, RECIPE, TENSORBOARD)]
+    if foreign and not (stored.exists() and (folder / METRICS).exists()):
+        raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
     if not stored.exists():
-        if any(path.name not in (RANKS, LOCK) for path in folder.iterdir()):
-            raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
         return
     wrong = [name for name, is_kind in _KINDS.items() if (folder / name).exists() and not is_kind(folder / name)]
     if wrong:
-        raise UserError(f"run.dir: {folder}: {', '.join(wrong)}: a folder where a file should be, or a file; remove it")
+        listed = ", ".join(str(folder / name) for name in wrong)
+        raise UserError(f"run.dir: {listed}: a folder where a file should be, or the other way round; remove it")
     try:
         earlier = load_recipe(stored)
     except UserError as error:
@@ -53,6 +58,8 @@ def check_run_folder(recipe: Recipe) -> None:
         ) from None
     _check_same(earlier, recipe)
     last, found = sum(phase.training.steps for phase in phases_of(recipe)), checkpoints(folder)
+    if found and not os.access(found[-1][1], os.R_OK | os.X_OK):
+        raise UserError(f"run.dir: {found[-1][1]}: no permission to read it")
     if found and found[-1][0] > last:
         raise UserError(
             f"run.dir: {folder} has done {found[-1][0]} steps, more than the {last} of training.steps: its newest "

@@ -201,7 +201,7 @@ def modules() -> Iterator[Case]:
         rest = {"seconds": 60.0, "quick": False} if name == "rehearse" else {}
         prepare = code_beside("model", "config.json", **unknown)
         if name != "verify":
-            yield Case(f"{name}: config.json of an unknown type with auto_map", command, prepare, says=("evil",))
+            yield Case(f"{name}: config.json of an unknown type with auto_map", command, prepare, says=("config.json",))
         prepare = code_beside("model", "config.json", **known)
         yield Case(f"{name}: config.json with auto_map", command, prepare, code=(0, 2), **rest)
     for command, name in (((*PREPARE, "corpus"), "prepare_data"), ((*EVALUATE, "model"), "evaluate")):

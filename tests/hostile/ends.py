@@ -46,8 +46,8 @@ SLOW = {
     "prepare_data": ((*PREPARE, "corpus"), many_texts, has("out/.*partial")),
     "prepare_data, 2 workers": ((*PREPARE, "corpus", "--workers=2"), many_texts, has("out/.*partial")),
     "evaluate": ((*EVALUATE, "model", "--samples=1000", "--depths=50"), as_it_is, started_long_ago(0.1)),
-    "hf-to-megatron": ((*TO_MEGATRON, "model"), as_it_is, started_long_ago(0.1)),
-    "megatron-to-hf": ((*TO_HF, "converted"), as_it_is, started_long_ago(0.1)),
+    "hf-to-megatron": ((*TO_MEGATRON, "model"), as_it_is, has("out.partial")),
+    "megatron-to-hf": ((*TO_HF, "converted"), as_it_is, has("out.partial")),
     "verify": ((*VERIFY, "converted"), as_it_is, started_long_ago(0.1)),
     "make_demo_texts": (("make_demo_texts", "--output", "out"), as_it_is, started_long_ago(0.1)),
 }

@@ -179,11 +179,14 @@ def become(function: Callable[[], Any], stdin: Path, stdout: int, stderr: int) -
         os.setsid()
         for number, file in enumerate((os.open(stdin, os.O_RDONLY), stdout, stderr)):
             os.dup2(file, number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         try:
             function()
             code = 0
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except KeyboardInterrupt:
+            code = 130  # before the command has set its handlers
         except BaseException:
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         atexit._run_exitfuncs()
