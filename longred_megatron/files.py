@@ -107,14 +107,19 @@ def appearing_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: see `begin_folder`.
     """
-    with without_new_parents(path):
-        partial = begin_folder(path)
-        try:
-            yield partial
-            finish_folder(path)
-        except BaseException:
-            remove_unfinished(partial)
-            raise
+    with without_new_parents(path), removed_on_failure(path):
+        yield begin_folder(path)
+        finish_folder(path)
+
+
+@contextmanager
+def removed_on_failure(path: Path) -> Iterator[None]:
+    """Removes, when the block fails, the folder that `begin_folder` made for `path` in it."""
+    try:
+        yield
+    except BaseException:
+        remove_unfinished(path.with_name(path.name + PARTIAL))
+        raise
 
 
 def begin_folder(path: Path) -> Path:
@@ -139,14 +144,14 @@ def finish_folder(path: Path) -> None:
 
 def remove_unfinished(partial: Path) -> bool:
     """Removes an unfinished folder of this program. False: something else is there, and stays."""
-    if (partial / MARKER).is_file() and not partial.is_symlink():
-        for child in partial.iterdir():
-            if child.name != MARKER:
-                _remove(child)
-        # The marker goes last: a removal that was interrupted can be taken up again.
-        if [child.name for child in partial.iterdir()] == [MARKER]:
-            (partial / MARKER).unlink()
-    with suppress(OSError):  # not empty, or a file
+    with suppress(OSError):  # another rank may be writing into it, or removing it
+        if (partial / MARKER).is_file() and not partial.is_symlink():
+            for child in partial.iterdir():
+                if child.name != MARKER:
+                    _remove(child)
+            # The marker goes last: a removal that was interrupted can be taken up again.
+            if [child.name for child in partial.iterdir()] == [MARKER]:
+                (partial / MARKER).unlink()
         partial.rmdir()
     return not os.path.lexists(partial)
 
@@ -193,7 +198,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)  # another rank may be writing into it
+        shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
 

@@ -123,7 +123,7 @@ def _check(
     from longred_megatron.training.microbatches import open_data
     from longred_megatron.training.run_folder import check_run_folder
 
-    if os.path.realpath(recipe.run.dir) == os.path.dirname(os.path.realpath(path)):
+    if Path(os.path.realpath(path)).parent == Path(os.path.realpath(recipe.run.dir)):
         raise UserError(f"run.dir: {recipe.run.dir} is the folder of the recipe itself; choose another folder")
     check_run_folder(recipe)
     if is_main:

@@ -4,7 +4,7 @@ import errno
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from longred_megatron.files import (
     finish_folder,
     read_json,
     reason,
-    remove_unfinished,
+    removed_on_failure,
     write_text,
 )
 from longred_megatron.model.chunk import ModelChunk
@@ -116,32 +116,24 @@ def export(
     temporary = output.with_name(output.name + PARTIAL)
     is_first_rank = torch.distributed.get_rank() == 0
     shards: list[Shard] = []
-    with _failing_together(output, temporary):
-        dtypes = _target_dtypes(source_hf, dtype)
-        raw_config = read_json(source_hf / CONFIG)
-        if is_first_rank:
-            check_free(output)
-            begin_folder(output)
-    with _failing_together(output, temporary):
-        if groups.dp.rank() == 0 and groups.cp.rank() == 0:
-            shards = _write_chunks(chunks, architecture, groups, temporary, dtypes)
-    all_shards: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(all_shards, shards)  # the world: names for the index
-    with _failing_together(output, temporary):
-        if is_first_rank:
-            _name_shards(temporary, [shard for rank_shards in all_shards for shard in rank_shards])
-            config = exported_config(raw_config, dict(rope), max_position_embeddings, _main_dtype(dtypes))
-            write_json(temporary / CONFIG, config)
-            for file in temporary.glob("*.safetensors"):  # safetensors makes them readable by the owner only
-                shutil.copymode(temporary / CONFIG, file)
-            copy_companions(source_hf, temporary)
-            widen_companions(temporary, raw_config.get("max_position_embeddings", 0), max_position_embeddings)
-            if recipe_text is not None:
-                write_text(temporary / "recipe.yaml", recipe_text)
-            if record is not None:
-                sizes = {file.name: file.stat().st_size for file in temporary.glob("*.safetensors")}
-                write_json(temporary / RECORD, asdict(record) | {"bytes": sizes})
-            finish_folder(output)
+    with removed_on_failure(output) if is_first_rank else nullcontext():
+        with _failing_together(output):
+            dtypes = _target_dtypes(source_hf, dtype)
+            raw_config = read_json(source_hf / CONFIG)
+            if is_first_rank:
+                check_free(output)
+                begin_folder(output)
+        with _failing_together(output):
+            if groups.dp.rank() == 0 and groups.cp.rank() == 0:
+                shards = _write_chunks(chunks, architecture, groups, temporary, dtypes)
+        all_shards: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(all_shards, shards)  # the world: names for the index
+        with _failing_together(output):
+            if is_first_rank:
+                _name_shards(temporary, [shard for rank_shards in all_shards for shard in rank_shards])
+                config = exported_config(raw_config, dict(rope), max_position_embeddings, _main_dtype(dtypes))
+                _write_companions(temporary, source_hf, raw_config, config, recipe_text, record)
+                finish_folder(output)
 
 
 def full_tensors(
@@ -277,9 +269,31 @@ def _name_shards(folder: Path, shards: list[Shard]) -> None:
     )
 
 
+def _write_companions(
+    folder: Path,
+    source_hf: Path,
+    old_config: dict[str, Any],
+    config: dict[str, Any],
+    recipe_text: str | None,
+    record: Record | None,
+) -> None:
+    """Writes what is beside the weights in `folder`."""
+    write_json(folder / CONFIG, config)
+    sizes = {}
+    for file in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only
+        shutil.copymode(folder / CONFIG, file)
+        sizes[file.name] = file.stat().st_size
+    copy_companions(source_hf, folder)
+    widen_companions(folder, old_config.get("max_position_embeddings", 0), config["max_position_embeddings"])
+    if recipe_text is not None:
+        write_text(folder / "recipe.yaml", recipe_text)
+    if record is not None:
+        write_json(folder / RECORD, asdict(record) | {"bytes": sizes})
+
+
 @contextmanager
-def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
-    """A failure on one rank becomes a UserError on all, so that none waits; nothing half-written stays."""
+def _failing_together(output: Path) -> Iterator[None]:
+    """A failure on one rank becomes a UserError on all, so that none waits."""
     problem = None
     try:
         yield
@@ -287,16 +301,10 @@ def _failing_together(output: Path, temporary: Path) -> Iterator[None]:
         problem = str(error)
     except (OSError, SafetensorError) as error:
         problem = _sentence(error, output)
-    except BaseException:  # Ctrl-C
-        if torch.distributed.get_rank() == 0:
-            remove_unfinished(temporary)
-        raise
     problems: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)  # the world: all ranks are in the export
     found = [text for text in problems if text]
     if found:
-        if torch.distributed.get_rank() == 0:
-            remove_unfinished(temporary)
         raise UserError(*dict.fromkeys(found))
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -100,14 +101,15 @@ def test_no_second_copy_of_the_model(tmp_path, groups, model, monkeypatch):
 
 
 def test_no_second_copy_of_the_training_state(tmp_path, groups, model):
-    _, chunks = model
+    architecture, chunks = model
     optimizer = build_optimizer(
         Optimizer(lr=1.0e-3), Precision(params="fp32"), data_parallel(chunks, groups, overlap=False)
     )
     optimizer.step()  # the gradients are zero
     model_bytes = sum(parameter.nbytes for parameter in chunks[0].parameters())  # and Adam's moments twice as many
+    description = {"architecture": asdict(architecture), "source_hf": "", "dtype": "fp32"}
     with peak_above_start() as saving:
-        distributed.save(tmp_path / "checkpoint", chunks, {}, optimizer)
+        distributed.save(tmp_path / "checkpoint", chunks, description, optimizer)
     with peak_above_start() as loading:
         distributed.load(tmp_path / "checkpoint", chunks, optimizer)
     print(f"peaks above the state: {saving[0] / MIB:.0f} MiB saving, {loading[0] / MIB:.0f} loading")

@@ -80,6 +80,7 @@ def test_an_export_of_something_else_is_kept_aside(recipe: Path, tmp_path: Path)
 def test_fewer_steps_than_are_done_says_what_is_there(recipe: Path, tmp_path: Path) -> None:
     stored = load_recipe(recipe)
     checkpoint_path(stored.run.dir, 5).mkdir(parents=True)
+    (stored.run.dir / "metrics.jsonl").touch()
     (stored.run.dir / "recipe.yaml").write_text(dump_recipe(stored))
     with pytest.raises(UserError, match=r"has done 5 steps, more than the 3 of training\.steps.*step-000005.*run/hf"):
         check_run_folder(load_recipe(recipe, ["training.steps=3"]))
@@ -155,9 +156,23 @@ def test_files_where_folders_should_be_are_named(recipe: Path, name: str) -> Non
     if name == "metrics.jsonl":
         (stored.run.dir / name).mkdir()
     else:
+        (stored.run.dir / "metrics.jsonl").touch()
         (stored.run.dir / name).touch()
-    with pytest.raises(UserError, match=rf"run\.dir: .*: {name}: a folder where a file should be"):
+    with pytest.raises(UserError, match=rf"run\.dir: .*/run/{name}: a folder where a file should be"):
         check_run_folder(stored)
+
+
+def test_a_folder_with_a_recipe_is_no_run_folder_for_that(recipe: Path, tmp_path: Path) -> None:
+    before = recipe.read_text()
+    with pytest.raises(UserError, match="is the folder of the recipe itself"):
+        main([str(recipe), f"run.dir={tmp_path}"])
+    stored = load_recipe(recipe)
+    stored.run.dir.mkdir()
+    for name in ("recipe.yaml", "thesis.txt"):
+        shutil.copy(recipe, stored.run.dir / name)
+    with pytest.raises(UserError, match="not empty and not a run folder"):
+        check_run_folder(stored)
+    assert recipe.read_text() == before
 
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}

@@ -112,7 +112,13 @@ def test_a_stored_recipe_that_cannot_be_read_is_told_with_its_folder(text: str, 
 def test_checkpoints_are_found_in_order_and_pruned_from_the_oldest(tmp_path: Path) -> None:
     for step in (5, 1000000, 40):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
+        (checkpoint_path(tmp_path, step) / "checkpoint.json").touch()
+    for name in ("step-3", "step-000004"):  # a user's
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "step-000006").touch()
     (tmp_path / "checkpoints" / "step-000041.partial").mkdir()
-    assert [step for step, _ in checkpoints(tmp_path)] == [5, 40, 1000000]
+    assert [step for step, _ in checkpoints(tmp_path)] == [4, 5, 40, 1000000]
     prune_checkpoints(tmp_path, keep=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000040", "step-1000000"]
+    users = ["step-000004", "step-000006", "step-3"]
+    left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert left == sorted([*users, "step-000040", "step-1000000"])
