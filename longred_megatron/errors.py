@@ -53,12 +53,14 @@ def report_beside(folder: Path) -> None:
     _report_folders.append(folder)
 
 
-def run_cli(main: Callable[[], None]) -> NoReturn:
+def run_cli(main: Callable[[], None], leave: Callable[[Any], NoReturn] = sys.exit) -> NoReturn:
     """Runs a command line and ends the process.
 
     Exit code 0 when `main` returns, 2 with the message for a `UserError`, 130 for Ctrl-C, 143 for SIGTERM (both are a
     SystemExit inside `main`), 141 when nobody reads the output any more, 1 for what is unexpected: one line, and the
     traceback in a file. What takes long to import belongs inside `main`: before it, a signal ends in a traceback.
+
+    leave: ends the process with the exit code.
     """
     stop = _Stop()
     for stream in (sys.stdout, sys.stderr):
@@ -83,7 +85,7 @@ def run_cli(main: Callable[[], None]) -> NoReturn:
         _repeat_below_torchrun(message)
     if not _stdout_takes():  # or the interpreter tries once more, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(code)
+    leave(code)
 
 
 def plain(text: str) -> str:

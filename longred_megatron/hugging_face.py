@@ -91,7 +91,9 @@ def _tensor_files(hf: Path) -> dict[str, list[str]]:
     """Tensor -> the names of the files that hold it, of those that transformers reads."""
     index = hf / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if not (hf / names[0]).is_file() and index.is_file():
+    if not (hf / names[0]).is_file():
+        if not index.is_file():
+            return {}  # transformers says what it looks for
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -6,10 +6,10 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from longred_megatron.errors import UserError, report_beside, run_cli
 
@@ -81,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except OSError as error:
             raise UserError(f"{error.filename or recipe.run.dir}: {reason(error)}; the run has ended") from error
         finally:
-            destroy()
+            # After a failure the other ranks are in collectives, for which NCCL would wait before it left the world.
+            if world_size == 1 or sys.exception() is None:
+                destroy()
 
 
 def _world(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -161,5 +163,13 @@ def _check_models(recipe: "Recipe", phases: "Sequence[Phase]") -> None:
         check_tokens(prefix, vocab_size)
 
 
+def _leave(code: int | str | None) -> NoReturn:
+    """Ends the process at once: the interpreter's own end waits for collectives of a world that was not left."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, _leave)

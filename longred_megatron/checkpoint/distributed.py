@@ -79,7 +79,8 @@ def save(
         if not isinstance(error, tensor_files.FAILURES):
             raise
         raise UserError(
-            f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were"
+            f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were: free "
+            "space and start again"
         ) from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
 

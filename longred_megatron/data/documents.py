@@ -216,7 +216,7 @@ def _read_lines(file: Path, text_key: str) -> Iterator[Document | Bad]:
 
 def _document_of_line(line: bytes, where: str, text_key: str, num_bytes: int) -> Document | Bad:
     try:
-        row = json.loads(line.decode())  # of bytes it would guess UTF-16 too
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes it would guess UTF-16 too
     except UnicodeDecodeError as error:
         return Bad("not UTF-8", where, f"{error.reason} at byte {error.start}", "convert it to UTF-8")
     except (ValueError, RecursionError) as error:

@@ -1,5 +1,6 @@
 """Process groups: started once here, handed to everything else as an argument."""
 
+import math
 import os
 import socket
 import time
@@ -53,6 +54,7 @@ def initialize(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()

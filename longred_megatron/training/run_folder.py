@@ -39,24 +39,23 @@ def check_run_folder(recipe: Recipe) -> None:
         raise UserError(f"run.dir: {folder}: {reason(error)}; choose another folder") from None
     if not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose a folder")
-    stored = folder / RECIPE
-    foreign = [path.name for path in folder.iterdir() if path.name not in (RANKS, LOCK, RECIPE, TENSORBOARD)]
-    if foreign and not (stored.exists() and (folder / METRICS).exists()):
-        raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
-    if not stored.exists():
+    names = {path.name for path in folder.iterdir()} - {RANKS, LOCK, TENSORBOARD}
+    if not names:
         return
     wrong = [name for name, is_kind in _KINDS.items() if (folder / name).exists() and not is_kind(folder / name)]
     if wrong:
         listed = ", ".join(str(folder / name) for name in wrong)
         raise UserError(f"run.dir: {listed}: a folder where a file should be, or the other way round; remove it")
-    try:
-        earlier = load_recipe(stored)
-    except UserError as error:
-        raise UserError(
-            f"run.dir: {folder} belongs to another recipe, or its {RECIPE} was changed ({error.problems[0]}); "
-            "choose another run.dir to start anew"
-        ) from None
-    _check_same(earlier, recipe)
+    if RECIPE in names:
+        _check_same(folder / RECIPE, recipe)
+    if RECIPE not in names or (METRICS not in names and names != {RECIPE}):  # a run writes metrics first
+        raise UserError(f"run.dir: {folder} is not empty and not a run folder; choose another folder")
+    _check_steps(recipe)
+
+
+def _check_steps(recipe: Recipe) -> None:
+    """Raises UserError unless the newest checkpoint can be read, and is of a step that the recipe reaches."""
+    folder = recipe.run.dir
     last, found = sum(phase.training.steps for phase in phases_of(recipe)), checkpoints(folder)
     if found and not os.access(found[-1][1], os.R_OK | os.X_OK):
         raise UserError(f"run.dir: {found[-1][1]}: no permission to read it")
@@ -68,8 +67,15 @@ def check_run_folder(recipe: Recipe) -> None:
         )
 
 
-def _check_same(earlier: Recipe, recipe: Recipe) -> None:
-    """Raises UserError unless one recipe goes on where the other ended."""
+def _check_same(stored: Path, recipe: Recipe) -> None:
+    """Raises UserError unless `recipe` goes on where the stored one ended."""
+    try:
+        earlier = load_recipe(stored)
+    except UserError as error:
+        raise UserError(
+            f"run.dir: {stored.parent} belongs to another recipe, or its {RECIPE} was changed ({error.problems[0]}); "
+            "choose another run.dir to start anew"
+        ) from None
     # Both as this version writes them: the stored one may be of an earlier version, with older names of keys.
     before, now = (yaml.safe_load(dump_recipe(each)) for each in (earlier, recipe))
     paths: list[Any] = []

@@ -49,6 +49,10 @@ class Watchdog:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._stopped.set()
         self._thread.join()
+        if error is not None and not isinstance(error, SystemExit):  # the others, which wait, will want to know
+            self.progress(f"failed: {type(error).__name__}: {error}")
+            self._write()
+            return
         self._path(self._rank).unlink(missing_ok=True)
         with suppress(OSError):  # others are still in it
             self._folder.rmdir()
@@ -105,6 +109,9 @@ def describe(beats: list[dict[str, Any]], interval: float) -> str:
         interval: seconds between two writes of a file.
     """
     now = time.time()
+    failed = [beat for beat in beats if str(beat["doing"]).startswith("failed: ")]
+    if failed:
+        return _listed(failed, lambda beat: f"gone, it {beat['doing']}")
     silent = [beat for beat in beats if now - beat["time"] > 3 * interval]
     if silent:
         listed = _listed(silent, lambda beat: f"silent for {now - beat['time']:.0f} s, last at {beat['doing']}")

@@ -86,6 +86,15 @@ def test_bad_lines_are_named(tmp_path, line, message):
         texts(path)
 
 
+def test_a_line_is_utf_8_with_or_without_a_mark_and_nothing_else(tmp_path):
+    content = '{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / "a.jsonl").write_text(content, encoding="utf-8-sig")
+    assert texts(tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text(content, encoding="utf-16")
+    with pytest.raises(UserError, match=r"b\.jsonl:1: not UTF-8"):
+        texts(tmp_path / "b.jsonl")
+
+
 def test_parquet_is_one_document_a_row(tmp_path):
     path = tmp_path / "a.parquet"
     rows = [f"row {number}" for number in range(600)]

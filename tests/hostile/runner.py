@@ -77,14 +77,19 @@ def run_cases(cases: Iterable[Case], folder: Path, jobs: int = 2) -> Iterator[Ou
             raise RuntimeError(f"the bench cannot be built ({code}): {building.stderr[-2000:]}")
     for place in places:
         (place / "here").rename(place / "bench")
-    waiting, running = list(cases)[::-1], {}
+    waiting, running, tried = list(cases)[::-1], {}, set()
     while waiting or running:
         for place in places:
             if place not in running and waiting:
                 case = waiting.pop()
                 running[place] = Child(place, lambda place=place, case=case: _run(place, case), case.seconds, case)
             if place in running and running[place].ended():
-                yield judge(running.pop(place))
+                outcome = judge(running.pop(place))
+                if outcome.ok or id(outcome.case) in tried:
+                    yield outcome
+                else:  # once more, at the end: signals and seconds depend on what else the machine does
+                    tried.add(id(outcome.case))
+                    waiting.insert(0, outcome.case)
         time.sleep(0.005)
 
 

@@ -5,7 +5,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +98,11 @@ def _train(case: Case, output: Path) -> None:
     recipe = load_recipe(case.recipe, case.overrides)
     groups = initialize(recipe.parallel, seed=1)
     run = build_run(case.recipe, groups, *case.overrides)
+    description = {"architecture": asdict(run.student), "source_hf": str(recipe.model.hf), "dtype": "fp32"}
     if case.resume:
         distributed.load(case.resume, run.chunks, run.optimizer)
         if case.save:
-            distributed.save(case.save, run.chunks, {}, run.optimizer)
+            distributed.save(case.save, run.chunks, description, run.optimizer)
     metrics: list[dict[str, Any]] = []
     reduce_losses = LossReducer(recipe.objectives, groups)
     for step in case.steps:
@@ -111,7 +112,7 @@ def _train(case: Case, output: Path) -> None:
         losses = reduce_losses(microbatches, result.terms)
         metrics.append(losses | {"grad_norm": result.grad_norm})
         if case.save and not case.resume and step == case.steps[0]:
-            distributed.save(case.save, run.chunks, {}, run.optimizer)
+            distributed.save(case.save, run.chunks, description, run.optimizer)
     if torch.distributed.get_rank() == 0:
         (output / "metrics.json").write_text(json.dumps(metrics))
     if groups.dp.rank() == 0 and groups.cp.rank() == 0:

@@ -30,6 +30,50 @@ def test_a_rank_behind_is_named() -> None:
     assert text.startswith("rank 2 ") and "still at step 2" in text and "rank 0" not in text
 
 
+def test_a_rank_that_failed_is_named_first() -> None:
+    text = describe([beat(0, place=1), beat(1, doing="failed: OutOfMemoryError: 80 GiB", time=0)], interval=1)
+    assert text == "rank 1 (pid 1 on node0) is gone, it failed: OutOfMemoryError: 80 GiB"
+
+
+# As NCCL does: leaving the world waits for collectives that the failed rank never joins.
+FAILING = """
+import os, sys, time, torch
+from longred_megatron import train
+from longred_megatron.errors import run_cli
+from longred_megatron.training import run
+
+def one_step(*arguments, real=run._one_step):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("a made-up failure")
+    return real(*arguments)
+
+def main():
+    run._one_step = one_step
+    torch.distributed.destroy_process_group = lambda *_: time.sleep(3600)
+    train.main(sys.argv[1:])
+
+if __name__ == "__main__":
+    run_cli(main, train._leave)
+"""
+
+
+def test_a_rank_that_fails_ends_the_job_at_once_and_leaves_its_traceback(tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, training={"hang_minutes": 60.0})
+    (tmp_path / "failing.py").write_text(FAILING)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(tmp_path / "failing.py"), str(recipe)],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "unexpected error: RuntimeError: a made-up failure" in done.stderr
+    reports = [path.read_text() for path in (tmp_path / "run").glob("unexpected-error-*.txt")]  # and the other rank's
+    assert any('raise RuntimeError("a made-up failure")' in report for report in reports)
+    beat = json.loads((tmp_path / "run" / "ranks" / "rank-00001.json").read_text())
+    assert beat["doing"] == "failed: RuntimeError: a made-up failure"
+
+
 def test_when_all_are_at_one_place_none_is_blamed() -> None:
     assert "all ranks are at step 3" in describe([beat(0), beat(1)], interval=1)
 
