@@ -164,7 +164,10 @@ def _check_models(recipe: "Recipe", phases: "Sequence[Phase]") -> None:
 
 
 def _leave(code: int | str | None) -> NoReturn:
-    """Ends the process at once: the interpreter's own end waits for collectives of a world that was not left."""
+    """Ends the process; at once, if it is still in a world: the interpreter's own end would wait for collectives."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
