@@ -1,9 +1,11 @@
 """Ranks that this machine runs by itself end with what started them, however that ends."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,14 +46,16 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_rank_outlives_its_starter(number: signal.Signals, tmp_path: Path) -> None:
-    told, temporary = tmp_path / "pids", tmp_path / "tmp"
+    told = tmp_path / "pids"
     told.mkdir()
-    temporary.mkdir()
+    temporary = Path(
+        tempfile.mkdtemp(prefix="ranks-")
+    )  # short: the fork server's socket has a path of 107 bytes at most
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)}
     command = [sys.executable, "-m", "tests.parallel.test_local_ranks", str(told)]
     starter = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        assert wait_for(lambda: len(list(told.iterdir())) == 2, 3 * STARTED)
+        assert wait_for(lambda: len(list(told.iterdir())) == 2, STARTED)
         ranks = [int(path.name) for path in told.iterdir()]
         starter.send_signal(number)
         assert wait_for(lambda: starter.poll() is not None, ENDED)
@@ -60,6 +64,7 @@ def test_no_rank_outlives_its_starter(number: signal.Signals, tmp_path: Path) ->
             assert list(temporary.iterdir()) == []
     finally:
         starter.kill()
+        shutil.rmtree(temporary)
         for path in told.iterdir():
             if is_running(int(path.name)):
                 os.kill(int(path.name), signal.SIGKILL)
