@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from longred_megatron.checkpoint import optimizer_state, tensor_files
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
-from longred_megatron.files import MARKER, PARTIAL, begin_folder, finish_folder, reason, remove_unfinished, write_text
+from longred_megatron.files import MARKER, PARTIAL, begin_folder, finish_folder, reason, removed_on_failure, write_text
 from longred_megatron.model.chunk import ModelChunk
 
 DESCRIPTION = "checkpoint.json"
@@ -61,28 +61,36 @@ def save(
     Raises:
         UserError: the folder cannot be written (a full disk, no permission); older checkpoints are untouched.
     """
-    rank, partial = torch.distributed.get_rank(), path.with_name(path.name + PARTIAL)
-    try:
-        if rank == 0:
-            begin_folder(path)
-        torch.distributed.barrier()  # the world: nobody writes before the folder is there
-        values = tensor_files.write(partial, _sharded_state(chunks, optimizer))
-        marks = _marks_of_all_ranks(partial)
-        if rank == 0:
-            whole = description | values | {"files": marks}
-            write_text(partial / DESCRIPTION, json.dumps(whole | {"digest": _digest(whole)}, indent=1))
-            if add is not None:
-                add(partial)
-            finish_folder(path)
-    except BaseException as error:
-        remove_unfinished(partial)
-        if not isinstance(error, tensor_files.FAILURES):
-            raise
-        raise UserError(
-            f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were: free "
-            "space and start again"
-        ) from error
+    with removed_on_failure(path):
+        try:
+            _write(path, chunks, description, optimizer, add)
+        except tensor_files.FAILURES as error:
+            raise UserError(
+                f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were: "
+                "free space and start again"
+            ) from error
     torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
+
+
+def _write(
+    path: Path,
+    chunks: Sequence[ModelChunk],
+    description: dict[str, Any],
+    optimizer: MegatronOptimizer | None,
+    add: Callable[[Path], None] | None,
+) -> None:
+    rank, partial = torch.distributed.get_rank(), path.with_name(path.name + PARTIAL)
+    if rank == 0:
+        begin_folder(path)
+    torch.distributed.barrier()  # the world: nobody writes before the folder is there
+    values = tensor_files.write(partial, _sharded_state(chunks, optimizer))
+    marks = _marks_of_all_ranks(partial)
+    if rank == 0:
+        whole = description | values | {"files": marks}
+        write_text(partial / DESCRIPTION, json.dumps(whole | {"digest": _digest(whole)}, indent=1))
+        if add is not None:
+            add(partial)
+        finish_folder(path)
 
 
 def check(path: Path) -> None:
