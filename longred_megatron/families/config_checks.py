@@ -96,14 +96,14 @@ def _head_problems(config: Any) -> Iterator[str]:
 
 
 def _value_problems(config: Any) -> Iterator[str]:
-    epsilon = config.rms_norm_eps
+    epsilon = getattr(config, "rms_norm_eps", 1e-6)  # another family may have another name for it
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
         yield f"rms_norm_eps is {_shown(epsilon)}: must be a number between 0 and 1"
     for key in _SWITCHES:
         if not isinstance(value := getattr(config, key, None), bool | None):
             yield f"{key} is {_shown(value)}: must be true or false"
-    if not isinstance(config.hidden_act, str):
-        yield f"hidden_act is {_shown(config.hidden_act)}: must be a text"
+    if not isinstance(activation := getattr(config, "hidden_act", ""), str):
+        yield f"hidden_act is {_shown(activation)}: must be a text"
     layer_types = getattr(config, "layer_types", None) or ()
     if other := [each for each in layer_types if each not in _LAYER_TYPES]:
         yield f"layer_types holds {_shown(other[0])}: only layers of full_attention are supported"

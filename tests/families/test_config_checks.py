@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import CohereConfig
 
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
+from longred_megatron.families.config_checks import config_problems
 
 PLAIN: dict[str, Any] = {
     "model_type": "llama",
@@ -207,3 +209,8 @@ def test_any_config_is_an_architecture_or_refused(changes: dict[str, Any], scali
         assert read_architecture(tmp_path).num_parameters() > 0
     except UserError as error:
         assert all("\n" not in problem for problem in error.problems)
+
+
+def test_a_new_family_may_have_other_names() -> None:
+    assert not hasattr(CohereConfig(), "rms_norm_eps")
+    assert config_problems({}, CohereConfig()) == []
