@@ -90,6 +90,9 @@ def _encoded_by_workers(
     finally:
         for process in set(multiprocessing.active_children()) - others:
             process.kill()  # in the middle of a text, or of its imports: who asks for an end shall not wait
+        # In the middle of a result, too. The executor waits for the rest of it as long as anybody could write it, which
+        # this process could: its own end of that pipe is never used.
+        pool._result_queue._writer.close()  # type: ignore[attr-defined]
         pool.shutdown(cancel_futures=True)
         life.close()
         life_of_parent.close()

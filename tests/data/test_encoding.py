@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import repeat
 from pathlib import Path
@@ -19,6 +20,7 @@ from longred_megatron.errors import UserError
 # Prints the processes' numbers once they are at work, and goes on without end.
 ENDLESS = """
 import sys
+import threading
 from itertools import repeat
 from multiprocessing import active_children
 from pathlib import Path
@@ -72,6 +74,18 @@ def test_closing_ends_the_processes_in_the_middle(sentencepiece_model):
     start = time.monotonic()
     chunks.close()
     assert time.monotonic() - start < 5
+
+
+def test_closing_ends_processes_in_the_middle_of_their_results(sentencepiece_model):
+    text = Document("some words of a text " * 200, 1)
+    for _ in range(6):  # more processes than cores: each time some are about to write
+        chunks = encoded(repeat(text), load_tokenizer(sentencepiece_model), sentencepiece_model, workers=10)
+        for _ in range(3):
+            next(chunks)
+        closing = threading.Thread(target=chunks.close, daemon=True)
+        closing.start()
+        closing.join(30)
+        assert not closing.is_alive()
 
 
 def test_a_mistake_that_a_process_finds_is_one_message(tmp_path, sentencepiece_model):
