@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_few_chunks_are_under_way_at_once(tmp_path, monkeypatch, jsonl, sentence
     class Pool:
         def __init__(self, *_args, **_settings):
             self.waiting, self.most = 0, 0
+            self._result_queue = multiprocessing.SimpleQueue()  # as the executor has one
             pools.append(self)
 
         def submit(self, function, *arguments):
