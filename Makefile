@@ -39,7 +39,7 @@ layouts: setup ## the table of layouts against one process, up to 8 ranks (5 min
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos
 
-hostile: setup ## every command on damaged, insane and malicious input, by class (10 minutes)
+hostile: setup ## every command on damaged, insane and malicious input, by class (5 minutes)
 	$(PYTHON_IN_VENV) -m tests.hostile
 
 study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)
