@@ -173,13 +173,13 @@ def _unfinished_set(output_prefix: Path, overwrite: bool) -> Iterator[Path]:
         with without_new_parents(path), _locked(partial):
             _clear_halves(partial, output_prefix)
             _check_existing(output_prefix, overwrite)
-            begin_folder(path)
-            with _locked(partial):
-                try:
+            try:
+                begin_folder(path)
+                with _locked(partial):
                     yield partial
-                finally:
-                    _clear_halves(partial, output_prefix)
-                    remove_unfinished(partial)
+            finally:
+                _clear_halves(partial, output_prefix)
+                remove_unfinished(partial)
     except OSError as error:
         raise UserError(
             f"--output {output_prefix}: cannot be written ({reason(error)}); make room, or choose another"
