@@ -13,6 +13,10 @@ sys.excepthook = _quiet_at_ctrl_c
 import logging  # noqa: E402
 import warnings  # noqa: E402
 
+from longred_megatron.device import BeforeMegatron  # noqa: E402
+
+sys.meta_path.insert(0, BeforeMegatron())
+
 __version__ = "0.1.0"
 
 # What Megatron and torch say of themselves when they are imported, of what is not installed on a CPU and what is

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from longred_megatron.device import force_cpu
 from longred_megatron.errors import UserError, report_beside, run_cli
 
 if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, and --help needs neither
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_main = rank == 0
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
+            force_cpu()  # on a GPU node too
             from longred_megatron.recipe import load_recipe
             from longred_megatron.training.rehearsal import rehearse
 

@@ -5,5 +5,6 @@ import os
 # Tests run side by side and start several ranks each: one thread a process, or they fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["LONGRED_DEVICE"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -10,11 +10,11 @@ Examples:
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from longred_megatron.device import force_cpu
 from longred_megatron.errors import UserError, run_cli
 
 # Of the largest logit, where that is more than 1: what fp32 sums in another order may differ by.
@@ -46,8 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Raises UserError, also where `verify` finds a difference."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # A model may be larger than one GPU. To be set before torch looks for GPUs, so the imports are here.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    force_cpu()  # a model may be larger than one GPU
     from longred_megatron.checkpoint.convert import hf_to_megatron, megatron_to_hf, verify_checkpoint
 
     if options.command == "hf-to-megatron":

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from demo_texts import write_sets
+from longred_megatron.device import force_cpu
 from longred_megatron.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,6 +14,8 @@ BASE, DEMO, RUNS = ROOT / "tests/assets/tiny_base", ROOT / "demo", ROOT / "runs"
 TRAINING_SETS = ("long", "long_keys", "window", "short")
 HELD_OUT_SETS = ("held_out_short", "held_out_long")
 SEED = 2024
+
+force_cpu()  # the models are tiny, and the numbers in the docs a CPU's
 
 
 def prepare_texts() -> dict[str, Path]:

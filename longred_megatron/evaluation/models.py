@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from longred_megatron.device import cpu_is_forced
 from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
@@ -124,9 +125,12 @@ def read_facts(path: Path) -> ModelFacts:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is a GPU. Raises `UserError` when CUDA is asked for and there is none."""
+    """`auto` is CUDA where there is a GPU, and the CPU is not forced; Transformer Engine is not needed.
+
+    Raises `UserError` when CUDA is asked for and there is none.
+    """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and not cpu_is_forced() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: this machine has no CUDA GPU that torch can use; use --device cpu or leave it out"

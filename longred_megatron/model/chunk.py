@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from longred_megatron.device import on_gpu
 from longred_megatron.families import Architecture
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
@@ -40,7 +41,7 @@ class ModelChunk(GPTModel):
         num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
         super().__init__(
             config,
-            block_submodules(config, num_layers, transformer_engine=torch.cuda.is_available()),
+            block_submodules(config, num_layers, transformer_engine=on_gpu()),
             vocab_size=vocab_rows,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=pp_rank == 0 and (vp_stage or 0) == 0,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
 from longred_megatron.layout import Parallel, Precision
@@ -22,7 +23,7 @@ def transformer_config(
     attention_factor: what some kinds of RoPE multiply rotated queries and keys by. Their product carries its square,
         which is applied to the softmax scale instead: the same numbers, since every dim of a head is rotated.
     """
-    gpu = torch.cuda.is_available()
+    gpu = on_gpu()
     dtype = DTYPES[precision.params]
     settings: dict[str, Any] = {
         "num_layers": architecture.num_layers,

@@ -1,9 +1,9 @@
 """Lets Megatron-Core, which names CUDA devices in its code, run on a machine without a GPU.
 
-The only place in the project that replaces functions of other packages. `install()` does nothing where a GPU is
-present. What it changes: CUDA device and stream calls become inert, `device="cuda"` and `.cuda()` mean the CPU, CUDA
-random states mean torch's CPU random state, CPU tensors answer to the CUDA type names that Megatron's distributed
-optimizer compares with, and that optimizer can restore the state of torch's AdamW.
+The only place in the project that replaces functions of other packages. `install()` does nothing where a GPU is used.
+What it changes: no GPU is seen any more, CUDA device and stream calls become inert, `device="cuda"` and `.cuda()` mean
+the CPU, CUDA random states mean torch's CPU random state, CPU tensors answer to the CUDA type names that Megatron's
+distributed optimizer compares with, and that optimizer can restore the state of torch's AdamW.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from longred_megatron.device import on_gpu
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "randint")
 
@@ -64,11 +66,13 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 @functools.cache
 def install() -> None:
-    """Installs the shim once, and only where torch sees no GPU."""
-    if torch.cuda.is_available():
+    """Installs the shim once, and only where this process computes on the CPU."""
+    if on_gpu():
         return
     cpu = torch.device("cpu")
     replacements: dict[str, Any] = {
+        "is_available": lambda: False,
+        "device_count": lambda: 0,
         "current_device": lambda: cpu,
         "synchronize": lambda *args, **kwargs: None,
         "set_device": lambda device: None,

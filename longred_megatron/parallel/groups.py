@@ -2,15 +2,18 @@
 
 import math
 import os
+import platform
 import socket
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from longred_megatron.errors import UserError
+from longred_megatron.device import on_gpu
+from longred_megatron.errors import UserError, listed
 from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
 
@@ -22,14 +25,14 @@ def initialize(
 
     alone: a world of this process, whatever the environment says.
 
-    NCCL where there is a GPU, gloo otherwise. Also seeds Megatron's random states.
+    NCCL on GPUs, gloo otherwise. Also seeds Megatron's random states.
 
     Raises:
-        UserError: the ranks cannot meet where the environment says.
+        UserError: the ranks cannot meet where the environment says, or some are on GPUs and some on CPUs.
     """
     cpu_shim.install()
     if not torch.distributed.is_initialized():
-        gpu = torch.cuda.is_available()
+        gpu = on_gpu()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         alone = alone or "RANK" not in os.environ  # started without torchrun
@@ -49,6 +52,7 @@ def initialize(
                 f"the ranks cannot meet at MASTER_ADDR:MASTER_PORT, {where} ({str(error).splitlines()[0]}); "
                 "start them with torchrun, or with another free port"
             ) from error
+        _check_same_device(gpu)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -58,6 +62,20 @@ def initialize(
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _check_same_device(gpu: bool) -> None:
+    """Collectives of CPU and GPU tensors would wait for each other until the groups' limit is over."""
+    ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    # On the CPU of every rank: NCCL would not do between different devices.
+    torch.distributed.all_gather_object(ranks, (platform.node(), gpu), torch.distributed.new_group(backend="gloo"))
+    without = [f"rank {rank} on {host}" for rank, (host, has) in enumerate(ranks) if not has]
+    if 0 < len(without) < len(ranks):
+        more = f" and {len(without) - 8} more" if len(without) > 8 else ""
+        raise UserError(
+            f"{listed(without[:8])}{more}: no GPU, or no Transformer Engine that can be imported, while other ranks "
+            "have both; mend these machines (tools/launch/check_environment.py), or set LONGRED_DEVICE=cpu everywhere"
+        )
 
 
 def _check_address(host: str) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from longred_megatron.device import on_gpu
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
 from longred_megatron.recipe.phases import Phase
@@ -231,11 +232,9 @@ def _precision_problems(recipe: Recipe, gpu: bool | None) -> Iterator[str]:
         yield "`precision.fp8_attention` is true: has no effect without `precision.fp8`; set that to hybrid"
     if precision.fp8 is not None:
         if gpu is None:
-            import torch  # slow to import, and only this needs it
-
-            gpu = torch.cuda.is_available()
+            gpu = on_gpu()
         if not gpu:
-            yield f"`precision.fp8` is {precision.fp8!r}: needs a GPU, and there is none; set it to null"
+            yield f"`precision.fp8` is {precision.fp8!r}: needs a GPU, and none is used; set it to null"
 
 
 def _even_split(number: int, parts: int) -> str:

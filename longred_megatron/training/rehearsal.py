@@ -8,7 +8,6 @@ queue.
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 import warnings
@@ -58,7 +57,6 @@ def rehearse(recipe: Recipe) -> None:
     Raises:
         UserError: the recipe cannot run in its layout, or a rank failed.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU on a GPU node too, in the ranks as well
     started = time.perf_counter()
     disable_progress_bar()  # transformers', for models of no size
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:

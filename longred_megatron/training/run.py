@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
@@ -67,7 +68,7 @@ def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) 
 
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
     reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
-    wrapped = data_parallel(chunks, groups, overlap=torch.cuda.is_available() and reach_all)
+    wrapped = data_parallel(chunks, groups, overlap=on_gpu() and reach_all)
     optimizer = build_optimizer(recipe.optimizer, recipe.precision, wrapped)
     return PhaseRun(
         phase, student, data, groups, chunks, optimizer, TrainStep(phase, wrapped, teachers, optimizer, groups)
