@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import multiprocessing
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,40 @@ def test_two_runs_do_not_write_one_set(tmp_path, monkeypatch, jsonl, sentencepie
     monkeypatch.setattr(IndexedDatasetBuilder, "finalize", finalize)
     prepare([jsonl], sentencepiece_model, tmp_path / "set")
     assert names(tmp_path) == ["set.bin", "set.idx", "set.json", "texts.jsonl"]
+
+
+def test_a_signal_at_any_line_leaves_nothing(tmp_path, jsonl, sentencepiece_model, monkeypatch):
+    """At each line that runs from the first look at the output to the first move into place, one after the other."""
+    files = {prepare_module.__file__, prepare_module.begin_folder.__code__.co_filename}
+    cleaning = {"try_output", "_clear_halves", "remove_unfinished", "_remove", "_remove_empty"}
+    lines = 0
+
+    def interrupted_at(line):
+        countdown = line
+
+        def trace(frame, event, argument):
+            nonlocal countdown
+            if frame.f_code.co_filename not in files or frame.f_code.co_name in cleaning:
+                return None
+            if event == "line":
+                if frame.f_code.co_name == "_move":
+                    countdown = -1
+                countdown -= 1
+                if countdown == 0:
+                    sys.settrace(None)
+                    raise SystemExit(f"{frame.f_code.co_name}:{frame.f_lineno}")
+            return trace
+
+        sys.settrace(trace)
+        try:
+            prepare([jsonl], sentencepiece_model, tmp_path / "out" / "set")
+        except SystemExit as stop:
+            return str(stop)
+        finally:
+            sys.settrace(None)
+        return ""
+
+    while place := interrupted_at(lines + 1):
+        lines += 1
+        assert not (tmp_path / "out").exists(), place
+    assert lines > 60 and (tmp_path / "out" / "set.idx").exists()
