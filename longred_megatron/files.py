@@ -6,15 +6,19 @@ Inputs: read only where they are regular files of a sane size.
 import errno
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longred_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"  # ends the name of what is not whole yet
 MARKER = ".made-by-longred-megatron"  # a file in each unfinished folder: nothing in it is the user's
@@ -47,24 +51,21 @@ def try_output(path: Path, key: str) -> None:
     Raises:
         UserError: it cannot, with the reason.
     """
-    made: list[Path] = []
+    new: list[Path] = []
     try:
         if path.is_symlink() and not path.exists():
             raise UserError(f"{key} {path}: a link to {path.readlink()}, which does not exist; remove it")
-        for folder in reversed((path / "x").parents if path.is_dir() else path.parents):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
+        new = _new_parents(path)
         trial = (path if path.is_dir() else path.parent) / _unfinished_name(path.name)
         try:
+            trial.parent.mkdir(parents=True, exist_ok=True)
             trial.write_bytes(b" ")
         finally:
             trial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL
         raise UserError(f"{key} {str(path)!r}: cannot be written ({reason(error)}); choose another") from None
     finally:
-        for folder in reversed(made):
-            folder.rmdir()
+        _remove_empty(new)
 
 
 @contextmanager
@@ -88,14 +89,23 @@ def appearing_whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def without_new_parents(path: Path) -> Iterator[None]:
     """Removes, when the block fails, the folders above `path` that were made in it and are empty."""
-    new = [folder for folder in path.absolute().parents if not folder.exists()]
+    new = _new_parents(path)
     try:
         yield
     except BaseException:
-        for folder in new:
-            with suppress(OSError):
-                folder.rmdir()
+        _remove_empty(new)
         raise
+
+
+def _new_parents(path: Path) -> list[Path]:
+    """The folders above `path` that do not exist, innermost first."""
+    return [folder for folder in path.absolute().parents if not folder.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
@@ -180,6 +190,18 @@ def read_json(path: Path, max_bytes: int = 2**26) -> Any:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def save_tensors(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file. Raises OSError, which safetensors has in words only."""
+    from safetensors import SafetensorError  # here, and not for every command's --help
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
 
 
 def write_text(path: Path, text: str) -> None:

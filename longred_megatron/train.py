@@ -134,7 +134,7 @@ def _check(
         try_output(recipe.run.dir, "run.dir")
         for phase in phases:
             if phase.recipe.debug.dump_microbatches:
-                try_output(phase.recipe.debug.dump_microbatches, "debug.dump_microbatches")
+                try_output(phase.recipe.debug.dump_microbatches / "step", "debug.dump_microbatches")
     data = open_data(phases)
     if is_main:
         _check_models(recipe, phases)

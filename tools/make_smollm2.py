@@ -121,8 +121,8 @@ def check(hf: Path) -> str:
     """What the model in `hf` says and how well it reads. Raises UserError unless both are right."""
     import torch
 
+    from longred_megatron.checkpoint.causal_model import load_causal_model
     from longred_megatron.data.tokenizer import load_hugging_face
-    from longred_megatron.hugging_face import load_causal_model
 
     tokenizer, model = load_hugging_face(hf), load_causal_model(hf, torch.float32)
     with torch.no_grad():

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,6 +34,7 @@ from longred_megatron.files import (
     read_json,
     reason,
     removed_on_failure,
+    save_tensors,
     write_text,
 )
 from longred_megatron.model.chunk import ModelChunk
@@ -227,7 +226,7 @@ class _ShardWriter:
         self.folder, self.prefix = folder, prefix
         self.shards: list[Shard] = []
         self._tensors: dict[str, Tensor] = {}
-        self._failure: OSError | SafetensorError | None = None
+        self._failure: OSError | None = None
 
     def add(self, name: str, tensor: Tensor) -> None:
         if sum(t.nbytes for t in self._tensors.values()) + tensor.nbytes > MAX_SHARD_BYTES:
@@ -244,8 +243,8 @@ class _ShardWriter:
         if self._tensors and self._failure is None:
             file = f"{self.prefix}-{len(self.shards):05d}.safetensors"
             try:
-                save_file(self._tensors, self.folder / file, metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
+                save_tensors(self._tensors, self.folder / file, {"format": "pt"})
+            except OSError as error:
                 self._failure = error
             self.shards.append((file, {name: tensor.nbytes for name, tensor in self._tensors.items()}))
         self._tensors = {}
@@ -299,7 +298,7 @@ def _failing_together(output: Path) -> Iterator[None]:
         yield
     except UserError as error:
         problem = str(error)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         problem = _sentence(error, output)
     problems: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(problems, problem)  # the world: all ranks are in the export
@@ -308,9 +307,8 @@ def _failing_together(output: Path) -> Iterator[None]:
         raise UserError(*dict.fromkeys(found))
 
 
-def _sentence(error: OSError | SafetensorError, output: Path) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)  # 28: ENOSPC, from safetensors
-    if full:
+def _sentence(error: OSError, output: Path) -> str:
+    if error.errno == errno.ENOSPC:
         return f"{output}: the disk is full; nothing was written; free space or choose another output folder"
-    where = getattr(error, "filename", None) or output
+    where = error.filename or output
     return f"{where}: the model could not be written ({reason(error)}); nothing was written"

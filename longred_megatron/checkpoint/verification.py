@@ -8,10 +8,10 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.checkpoint.huggingface import full_tensors
 from longred_megatron.checkpoint.weight_files import WeightFiles
 from longred_megatron.families import Architecture
-from longred_megatron.hugging_face import load_causal_model
 from longred_megatron.model.chunk import ModelChunk
 
 _BITS = {2: torch.int16, 4: torch.int32}

@@ -1,6 +1,7 @@
 """The safetensors files of a Hugging Face folder, read tensor by tensor where they are needed."""
 
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Buffers that older versions of transformers saved; they are computed from config.json.
-_HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
+HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
 _MAX_LISTED = 5
 
 
@@ -52,7 +53,7 @@ class WeightFiles:
             lost = [n for n, file in listed.items() if n and (n not in self._files or self._paths[n].name != file)]
             if lost:
                 raise UserError(
-                    f"{self.hf / INDEX}: lists tensors that their files do not hold: {_first(lost)}; "
+                    f"{self.hf / INDEX}: lists tensors that their files do not hold: {first_few(lost)}; "
                     "download the model again"
                 )
         except BaseException:
@@ -73,17 +74,21 @@ class WeightFiles:
         """
         return _FiniteSlice(name, self._paths[name], self._files[name].get_slice(name))
 
+    def path(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._paths[name]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape."""
         return {name: tuple(self[name].get_shape()) for name in self._files}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """Tensor name -> dtype. Raises UserError for anything but fp32, fp16 and bf16."""
-        named = {name: self[name].get_dtype() for name in self._files if not name.endswith(_HARMLESS_SUFFIXES)}
+        named = {name: self[name].get_dtype() for name in self._files if not name.endswith(HARMLESS_SUFFIXES)}
         other = [f"{name} ({dtype})" for name, dtype in named.items() if dtype not in SAFETENSORS_DTYPES]
         if other:
             raise UserError(
-                f"{self.hf}: tensors must be fp32, fp16 or bf16, not {_first(other)}; "
+                f"{self.hf}: tensors must be fp32, fp16 or bf16, not {first_few(other)}; "
                 "use the model that is not quantised"
             )
         return {name: SAFETENSORS_DTYPES[dtype] for name, dtype in named.items()}
@@ -96,14 +101,14 @@ class WeightFiles:
         if missing:
             problems.append(
                 f"{self.hf}: {len(missing)} tensors that config.json asks for are missing: "
-                f"{_first(missing)}; download the model again, or correct config.json"
+                f"{first_few(missing)}; download the model again, or correct config.json"
             )
         optional = {architecture.head_name} if architecture.tied_embeddings else set()
-        extra = [n for n in found if n not in expected.keys() | optional and not n.endswith(_HARMLESS_SUFFIXES)]
+        extra = [n for n in found if n not in expected.keys() | optional and not n.endswith(HARMLESS_SUFFIXES)]
         if extra:
             problems.append(
                 f"{self.hf}: {len(extra)} tensors have no place in a {architecture.family} model with "
-                f"config.json's settings: {_first(extra)}; check config.json (adapters and quantised weights "
+                f"config.json's settings: {first_few(extra)}; check config.json (adapters and quantised weights "
                 "are not supported)"
             )
         expected |= dict.fromkeys(optional, expected[architecture.embedding_name])
@@ -114,7 +119,7 @@ class WeightFiles:
         ]
         if wrong:
             problems.append(
-                f"{self.hf}: {len(wrong)} tensors have shapes that config.json does not give: {_first(wrong)}"
+                f"{self.hf}: {len(wrong)} tensors have shapes that config.json does not give: {first_few(wrong)}"
             )
         if problems:
             raise UserError(*problems)
@@ -181,6 +186,7 @@ def _listed_tensors(hf: Path) -> dict[str, str]:
     raise UserError(f"{hf}: neither {SINGLE} nor {INDEX} is there; `hf` must be a folder with a model's weights")
 
 
-def _first(names: list[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
+    """For a message."""
     more = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

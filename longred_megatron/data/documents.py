@@ -22,6 +22,7 @@ KINDS = f"{', '.join(SUFFIXES)} (.txt and .jsonl also with {' or '.join(COMPRESS
 PARQUET_BATCH_ROWS = 256
 # Tokenizers need about 60 bytes of memory a character, and no model's window is nearly as long.
 MAX_DOCUMENT_BYTES = 64 << 20
+TOO_LONG = f"a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB"
 # Text shrinks to a tenth, rarely to a fiftieth; a file made to fill memory and disk, to a thousandth and less.
 MAX_UNPACKED_PER_BYTE = 200
 UNPACKED_ALWAYS_BYTES = 16 << 20
@@ -163,16 +164,26 @@ class _Stream:
         self._num_unpacked = self._num_told = 0
         self._num_allowed = UNPACKED_ALWAYS_BYTES
 
-    def read(self, line: bool) -> bytes:
-        """The next line, or all there is; b"" at the end. Raises OSError."""
-        content = self._bytes.readline(MAX_DOCUMENT_BYTES + 1) if line else self._bytes.read(MAX_DOCUMENT_BYTES + 1)
+    def read(self) -> bytes:
+        """All there is. Raises OSError."""
+        content = self._counted(self._bytes.read(MAX_DOCUMENT_BYTES + 1))
+        if len(content) > MAX_DOCUMENT_BYTES:
+            raise OSError(f"{TOO_LONG}; split it")
+        return content
+
+    def read_line(self) -> bytes | None:
+        """The next line; b"" at the end, and None in place of one that is too long. Raises OSError."""
+        content = part = self._counted(self._bytes.readline(MAX_DOCUMENT_BYTES + 1))
+        while len(part) > MAX_DOCUMENT_BYTES and not part.endswith(b"\n"):
+            part = self._counted(self._bytes.readline(MAX_DOCUMENT_BYTES + 1))
+        return content if len(content) <= MAX_DOCUMENT_BYTES else None
+
+    def _counted(self, content: bytes) -> bytes:
         self._num_unpacked += len(content)
         if self._num_unpacked > self._num_allowed:
             self._num_allowed = MAX_UNPACKED_PER_BYTE * self._raw.tell()
             if self._num_unpacked > self._num_allowed:
                 raise OSError(f"unpacks to more than {MAX_UNPACKED_PER_BYTE} times its size")
-        if len(content) > MAX_DOCUMENT_BYTES:
-            raise OSError(f"a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB; split it")
         return content
 
     def num_new_bytes(self) -> int:
@@ -188,7 +199,7 @@ class _Stream:
 def _read_text(file: Path, _text_key: str) -> Iterator[Document | Bad]:
     try:
         with closing(_Stream(file)) as stream:
-            content, num_bytes = stream.read(line=False), stream.num_new_bytes()
+            content, num_bytes = stream.read(), stream.num_new_bytes()
     except OSError as error:
         yield Bad("file that cannot be read", str(file), reason(error))
         return
@@ -205,9 +216,11 @@ def _read_lines(file: Path, text_key: str) -> Iterator[Document | Bad]:
     number = 0
     try:
         with closing(_Stream(file)) as stream:
-            while line := stream.read(line=True):
+            while (line := stream.read_line()) != b"":
                 number += 1
-                if line.strip():
+                if line is None:
+                    yield Bad(TOO_LONG, f"{file}:{number}", advice="split it")
+                elif line.strip():
                     yield _document_of_line(line, f"{file}:{number}", text_key, stream.num_new_bytes())
     except OSError as error:
         where = f"{file}, all behind line {number}" if number else str(file)
@@ -240,7 +253,7 @@ def _problem(text: object, where: str) -> Bad | None:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         return Bad("half a surrogate pair, which is no character", where)
     if len(text) > MAX_DOCUMENT_BYTES:
-        return Bad(f"a document of more than {MAX_DOCUMENT_BYTES >> 20} MiB", where, advice="split it")
+        return Bad(TOO_LONG, where, advice="split it")
     return None
 
 

@@ -9,29 +9,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.device import cpu_is_forced
 from longred_megatron.dtypes import TORCH_DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import TextEncoder
-from longred_megatron.families.config_checks import ignored_keys
+from longred_megatron.families.config_checks import LARGEST, ignored_keys, number_problems, size_problems
 from longred_megatron.files import read_json
-from longred_megatron.hugging_face import load_causal_model
 
 # Positions whose logits exist at once, in fp32: 1024 x 128,256 x 4 bytes = 0.5 GB for a vocabulary as large
 # as Llama 3's.
 CHUNK_TOKENS = 1024
 MAX_CONFIG_BYTES = 10_000_000  # the largest known have thousands
-# Bounds that no model comes near, so that a damaged file is told before anything is built from it.
-SANE = (
-    ("max_position_embeddings", 2, 2**31),
-    ("num_hidden_layers", 1, 10_000),
-    ("hidden_size", 1, 2**20),
-    ("intermediate_size", 1, 2**22),
-    ("vocab_size", 1, 2**26),
-    ("num_attention_heads", 1, 2**16),
-    ("num_key_value_heads", 1, 2**16),
-    ("head_dim", 1, 2**16),
-)
 
 
 @dataclass(frozen=True)
@@ -101,17 +90,17 @@ def read_facts(path: Path) -> ModelFacts:
     window = getattr(text_config, "max_position_embeddings", None)
     if not isinstance(window, int) or isinstance(window, bool):
         raise UserError(f"{path}/config.json: max_position_embeddings is missing; state the model's window there")
-    problems = [
-        f"{path}/config.json: {key} is {value!r}; must be {low:,} to {high:,}"
-        for key, low, high in SANE
-        if (value := getattr(text_config, key, low)) is not None
-        and not (isinstance(value, int) and low <= value <= high)
+    sizes = {key: getattr(text_config, key, None) for key in LARGEST}
+    found = [
+        *size_problems(sizes),
+        *number_problems(text_config),
+        *ignored_keys(read_json(path / "config.json"), config),
     ]
+    problems = [f"{path}/config.json: {each}" for each in found]
     if getattr(config, "quantization_config", None) is not None:
         problems.append(
             f"{path}/config.json: has quantization_config; only plain weights can be measured, remove it if they are"
         )
-    problems += [f"{path}/config.json: {each}" for each in ignored_keys(read_json(path / "config.json"), config)]
     if problems:
         raise UserError(*problems)
     return ModelFacts(

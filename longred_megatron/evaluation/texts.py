@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from longred_megatron.data.documents import find_files, read_documents
+from longred_megatron.data.skipped import Skipped, named
 from longred_megatron.data.tokenizer import load_hugging_face
 from longred_megatron.errors import UserError
 
@@ -70,11 +72,18 @@ class Windows:
 def text_source(paths: Sequence[Path], text_key: str = "text") -> TextSource:
     """The text files that `paths` name, see `find_files`. No paths: the Python standard library's sources.
 
-    Raises `UserError` when a path is missing, is another kind of file, or holds no text.
+    Prints what in a folder is no text file. Raises `UserError` when a path is missing, is another kind of file, holds
+    no text or is damaged.
     """
     if not paths:
         return _standard_library()
-    return TextSource(tuple(find_files(paths)), ", ".join(map(str, paths)), text_key)
+    skipped = Skipped()
+    files = tuple(find_files(paths, skipped))
+    if skipped.bad:
+        raise UserError(*(f"{each}; fix or remove it" for each in named(skipped.bad)))
+    for each in named(skipped.others):
+        print(f"passed over: {each}", file=sys.stderr)
+    return TextSource(files, ", ".join(map(str, paths)), text_key)
 
 
 def _standard_library() -> TextSource:

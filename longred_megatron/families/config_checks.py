@@ -15,7 +15,7 @@ from typing import Any
 from longred_megatron.settings import LONGEST_TOKENS
 
 # The most that each size may be: what is above is a slip, and would take the program minutes to count.
-_LARGEST = {
+LARGEST = {
     "hidden_size": 2**20,
     "num_hidden_layers": 4096,
     "num_attention_heads": 2**16,
@@ -49,17 +49,17 @@ _READ = {
 
 
 def size_problems(raw: dict[str, Any]) -> list[str]:
-    """What is wrong with the sizes in config.json, each a sentence. One that is left out is transformers' own."""
+    """What is wrong with the sizes of a model, each a sentence. One that is left out is transformers' own."""
     return [
         f"{key} is {_shown(raw[key])}: must be a whole number from 1 to {largest}"
-        for key, largest in _LARGEST.items()
+        for key, largest in LARGEST.items()
         if raw.get(key) is not None and not (type(raw[key]) is int and 1 <= raw[key] <= largest)
     ]
 
 
 def config_problems(raw: dict[str, Any], config: Any) -> list[str]:
     """What is wrong, each a sentence. raw: config.json; config: transformers' class made of it."""
-    return [*ignored_keys(raw, config), *_head_problems(config), *_value_problems(config)]
+    return [*ignored_keys(raw, config), *_head_problems(config), *number_problems(config), *_value_problems(config)]
 
 
 def ignored_keys(raw: dict[str, Any], config: Any) -> Iterator[str]:
@@ -95,10 +95,28 @@ def _head_problems(config: Any) -> Iterator[str]:
         yield f"head_dim is {dim}: must be even, as RoPE rotates pairs"
 
 
-def _value_problems(config: Any) -> Iterator[str]:
+def number_problems(config: Any) -> Iterator[str]:
+    """What is wrong with the numbers of norms and RoPE, of any family in transformers, each a sentence."""
     epsilon = getattr(config, "rms_norm_eps", 1e-6)  # another family may have another name for it
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon < 1:
         yield f"rms_norm_eps is {_shown(epsilon)}: must be a number between 0 and 1"
+    rope = getattr(config, "rope_parameters", None)
+    if isinstance(rope, dict):
+        yield from _rope_number_problems(rope)
+
+
+def _rope_number_problems(rope: dict[str, Any]) -> Iterator[str]:
+    for key, value in rope.items():
+        if isinstance(value, dict):  # by kind of layer
+            yield from _rope_number_problems(value)
+        for each in value if isinstance(value, list) else [value]:
+            is_switch = isinstance(each, bool) and key != "truncate"  # YaRN's one switch
+            if is_switch or (isinstance(each, int | float) and not 0 < each < math.inf):
+                yield f"{key} of RoPE is {_shown(each)}: must be a positive, finite number"
+                break
+
+
+def _value_problems(config: Any) -> Iterator[str]:
     for key in _SWITCHES:
         if not isinstance(value := getattr(config, key, None), bool | None):
             yield f"{key} is {_shown(value)}: must be true or false"
@@ -117,11 +135,6 @@ def _rope_problems(rope: dict[str, Any]) -> Iterator[str]:
     if not isinstance(rope.get("rope_theta"), int | float):
         yield f"rope_theta is {_shown(rope.get('rope_theta'))}: must be a number"
     for key, value in rope.items():
-        for each in value if isinstance(value, list) else [value]:
-            is_switch = isinstance(each, bool) and key != "truncate"  # YaRN's one switch
-            if is_switch or (isinstance(each, int | float) and not 0 < each < math.inf):
-                yield f"{key} of RoPE is {_shown(each)}: must be a positive, finite number"
-                break
         if isinstance(value, dict):
             yield f"{key} of RoPE is {_shown(value)}: layers that differ in RoPE are not supported"
 

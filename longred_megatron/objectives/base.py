@@ -30,7 +30,7 @@ from longred_megatron.settings import (
 Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1, max_length=1000), Mark.LAYERS]
 """Layers numbered as in Hugging Face `hidden_states`, from 1, ascending; see `_layer_problems`."""
 
-MAX_MICROBATCHES = 1_000_000  # a step's order is a list of them
+MAX_MICROBATCHES = 100_000  # what is above is a slip, and its first step would never end
 
 
 class Tap(NamedTuple):

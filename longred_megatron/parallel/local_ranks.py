@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from longred_megatron.errors import UserError
+
 
 def training_command(recipe: Path | str, num_ranks: int) -> list[str]:
     """The words of `torchrun ... -m longred_megatron.train RECIPE` for `num_ranks` ranks here, by this interpreter."""
@@ -29,6 +31,7 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
     None of them outlives this call, whatever ends it, or this process.
 
     Raises:
+        UserError: the path of the temporary folder is too long.
         torch.multiprocessing.ProcessRaisedException, ProcessExitedException: the first failure; the others are ended.
     """
     multiprocessing.set_forkserver_preload([function.__module__])
@@ -43,6 +46,13 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
             )
             while not context.join(grace_period=1):
                 pass
+        except OSError as error:
+            if "AF_UNIX path too long" not in str(error):
+                raise
+            raise UserError(
+                f"TMPDIR={tempfile.gettempdir()}: too long a path for the sockets between processes; set TMPDIR to a "
+                "folder with a short one, such as /tmp"
+            ) from None
         except (KeyboardInterrupt, SystemExit):
             # It would take seconds to leave, with the terminal in its hands; the next call starts another.
             if (server := forkserver._forkserver._forkserver_pid) is not None:  # type: ignore[attr-defined]

@@ -5,18 +5,19 @@ All of it is a pure function of the recipe and the step's number.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from longred_megatron.data.sequences import SequenceSource
 from longred_megatron.errors import UserError
-from longred_megatron.files import appearing_whole
+from longred_megatron.files import appearing_whole, save_tensors
 from longred_megatron.objectives.base import Batch, Objective
 from longred_megatron.recipe import Phase
 from longred_megatron.training.order import microbatch_order, replica_indices
@@ -100,7 +101,8 @@ def open_data(phases: Iterable[Phase]) -> list[MicroBatchSource]:
 
 def _places(order: Sequence[str]) -> list[tuple[str, int]]:
     """For each micro-batch of a step: its objective, and its number (from 0) among those of the objective."""
-    return [(objective, order[:index].count(objective)) for index, objective in enumerate(order)]
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+    return [(objective, next(numbers[objective])) for objective in order]
 
 
 def stable_hash(*parts: str | int) -> int:
@@ -130,5 +132,5 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
             tensors[f"{i}.documents"] = torch.stack(numbers)
     path = folder / f"step-{step:05d}.dp-{replica}.safetensors"
     with appearing_whole(path) as partial:
-        save_file(tensors, partial, metadata={"objectives": json.dumps([batch.objective for batch in microbatches])})
+        save_tensors(tensors, partial, {"objectives": json.dumps([batch.objective for batch in microbatches])})
     return path

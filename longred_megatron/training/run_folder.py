@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from longred_megatron.checkpoint.distributed import DESCRIPTION
-from longred_megatron.errors import UserError
+from longred_megatron.errors import UserError, listed
 from longred_megatron.files import PARTIAL, reason, remove_unfinished
 from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
 from longred_megatron.settings import Mark, marked_keys
@@ -39,13 +39,15 @@ def check_run_folder(recipe: Recipe) -> None:
         raise UserError(f"run.dir: {folder}: {reason(error)}; choose another folder") from None
     if not folder.is_dir():
         raise UserError(f"run.dir: {folder} is a file; choose a folder")
+    there = [(folder / name, is_kind) for name, is_kind in _KINDS.items() if os.path.lexists(folder / name)]
+    if wrong := [path for path, is_kind in there if not is_kind(path)]:
+        raise UserError(
+            f"run.dir: {listed(wrong)}: a folder where a file should be, or the other way round, or a link to nothing; "
+            "remove it"
+        )
     names = {path.name for path in folder.iterdir()} - {RANKS, LOCK, TENSORBOARD}
     if not names:
         return
-    wrong = [name for name, is_kind in _KINDS.items() if (folder / name).exists() and not is_kind(folder / name)]
-    if wrong:
-        listed = ", ".join(str(folder / name) for name in wrong)
-        raise UserError(f"run.dir: {listed}: a folder where a file should be, or the other way round; remove it")
     if RECIPE in names:
         _check_same(folder / RECIPE, recipe)
     if RECIPE not in names or (METRICS not in names and names != {RECIPE}):  # a run writes metrics first

@@ -324,7 +324,7 @@ def test_output_in_use_is_not_touched(source, tmp_path, groups):
     assert sorted(output.iterdir()) == before
 
 
-@pytest.mark.parametrize("where", ["save_file", "copy_companions"])
+@pytest.mark.parametrize("where", ["save_tensors", "copy_companions"])
 def test_full_disk_leaves_nothing(where, source, tmp_path, groups, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

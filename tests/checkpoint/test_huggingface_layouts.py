@@ -40,14 +40,14 @@ def convert(join: Callable[[str], None], folder: Path) -> None:
         }
         export(chunks, source, folder / f"{name}-back", architecture, groups, **unchanged)
         if torch.distributed.get_rank() == 2:  # tensor rank 0 of the last stage
-            huggingface.save_file = full_disk
+            huggingface.save_tensors = full_disk
         with pytest.raises(UserError, match="disk is full"):
             export(chunks, source, folder / f"{name}-full", architecture, groups, **unchanged)
-        huggingface.save_file = save_file
+        huggingface.save_tensors = save_tensors
         destroy()
 
 
-save_file = huggingface.save_file
+save_tensors = huggingface.save_tensors
 
 
 def full_disk(*args, **kwargs):

@@ -158,12 +158,15 @@ def test_files_that_unpack_without_end_are_left(tmp_path, monkeypatch, content):
 
 def test_documents_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MAX_DOCUMENT_BYTES", 1 << 20)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "' + b"1" * (1 << 20))
+    good, long = b'{"text": "good"}\n', b'{"text": "' + b"1" * (1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(good + long * 3 + b'"}\n' + good + long)
     (tmp_path / "b.txt").write_bytes(b"1" * (1 << 20) + b"1")
     found, skipped = tally(tmp_path)
-    [kind] = skipped.bad.values()
-    assert found == ["good"] and kind.count == 2
-    assert kind.places[0] == f"{tmp_path / 'a.jsonl'}, all behind line 1 (a document of more than 1 MiB; split it)"
+    assert found == ["good", "good"]
+    assert skipped.bad[documents.TOO_LONG].places == [f"{tmp_path / 'a.jsonl'}:2", f"{tmp_path / 'a.jsonl'}:4"]
+    assert skipped.bad["file that cannot be read"].places == [
+        f"{tmp_path / 'b.txt'} (a document of more than 64 MiB; split it)"
+    ]
 
 
 def test_what_is_no_text_is_counted_and_named(tmp_path):

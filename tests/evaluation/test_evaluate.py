@@ -174,7 +174,7 @@ def test_every_problem_with_the_models_comes_in_one_error(folders: dict[str, Pat
     [
         ("config.json", "transformers cannot read it"),
         ("tokenizer", "tokenizer .*: transformers cannot load it"),
-        ("weights", "cannot load the model"),
+        ("weights", "neither model.safetensors nor"),
         ("window", "max_position_embeddings is missing"),
         ("positions", "has no rotary positions"),
     ],

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.evaluate import Settings, evaluate
 from longred_megatron.evaluation.models import read_facts
 from longred_megatron.evaluation.report import check_output
 from longred_megatron.evaluation.texts import load_encoder
-from longred_megatron.hugging_face import load_causal_model
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -70,7 +70,7 @@ def test_a_tensor_in_two_shards_is_told(folder: Path) -> None:
     weight_map = dict.fromkeys(weights, "first.safetensors") | {"lm_head.weight": "second.safetensors"}
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(UserError, match=rf"{NAME} is in more than one file"):
+    with pytest.raises(UserError, match=rf"both hold the tensor {NAME}"):
         load_causal_model(folder, torch.float32)
 
 

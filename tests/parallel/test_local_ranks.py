@@ -75,3 +75,13 @@ if __name__ == "__main__":
 
     signal.signal(signal.SIGTERM, leave)
     run_ranks(by_its_module, 2, Path(sys.argv[1]))
+
+
+def test_a_long_path_of_the_temporary_folder_is_told(tmp_path: Path) -> None:
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    # A process of its own: this one's fork server may run already, and needs no new socket.
+    code = "from longred_megatron.parallel.local_ranks import run_ranks; run_ranks(print, 1)"
+    environment = os.environ | {"TMPDIR": str(long)}
+    end = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert f"UserError: TMPDIR={long}: too long a path" in end.stderr
