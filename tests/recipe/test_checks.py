@@ -599,11 +599,10 @@ def test_similar_data_set_is_suggested(check: Check) -> None:
 
 
 def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: True)
     assert check("precision.fp8=hybrid", gpu=None) == []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: False)
     assert len(check("precision.fp8=hybrid", gpu=None)) == 1
 
 
