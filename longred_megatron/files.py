@@ -104,7 +104,7 @@ def _new_parents(path: Path) -> list[Path]:
 
 def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: a NUL, so that it could not be made either
             folder.rmdir()
 
 
