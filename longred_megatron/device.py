@@ -69,6 +69,5 @@ class BeforeMegatron:
 
     def find_spec(self, name: str, *details: Any) -> ModuleSpec | None:
         if name == "megatron":
-            sys.meta_path.remove(self)
             on_gpu()
         return None

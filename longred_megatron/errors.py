@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -103,6 +103,11 @@ def multiples(value: int, of: int) -> str:
 def listed(values: Iterable[Any]) -> str:
     """Comma-separated, for a message."""
     return ", ".join(str(value) for value in values)
+
+
+def first_few(values: Sequence[Any], most: int = 5) -> str:
+    """The first of them, comma-separated, and how many more there are, for a message."""
+    return listed(values[:most]) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def _check_working_directory() -> None:

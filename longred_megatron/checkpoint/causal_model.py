@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from longred_megatron.checkpoint.weight_files import HARMLESS_SUFFIXES, WeightFiles, first_few
-from longred_megatron.errors import UserError
+from longred_megatron.checkpoint.weight_files import HARMLESS_SUFFIXES, WeightFiles
+from longred_megatron.errors import UserError, first_few
 
 
 def load_causal_model(hf: Path, dtype: torch.dtype) -> Any:

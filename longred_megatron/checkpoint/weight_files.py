@@ -1,7 +1,6 @@
 """The safetensors files of a Hugging Face folder, read tensor by tensor where they are needed."""
 
 import os
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from longred_megatron.dtypes import SAFETENSORS_DTYPES
-from longred_megatron.errors import UserError
+from longred_megatron.errors import UserError, first_few
 from longred_megatron.families import Architecture
 from longred_megatron.files import read_json, reason
 
@@ -21,7 +20,6 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Buffers that older versions of transformers saved; they are computed from config.json.
 HARMLESS_SUFFIXES = ("rotary_emb.inv_freq",)
-_MAX_LISTED = 5
 
 
 class WeightFiles:
@@ -184,9 +182,3 @@ def _listed_tensors(hf: Path) -> dict[str, str]:
     if hf.is_dir() and any(path.suffix in PICKLES for path in hf.iterdir()):
         raise UserError(f"{hf}: holds only pickled weights (*.bin); convert to safetensors; pickles are never loaded")
     raise UserError(f"{hf}: neither {SINGLE} nor {INDEX} is there; `hf` must be a folder with a model's weights")
-
-
-def first_few(names: Sequence[str]) -> str:
-    """For a message."""
-    more = len(names) - _MAX_LISTED
-    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

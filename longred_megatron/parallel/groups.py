@@ -13,7 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.device import on_gpu
-from longred_megatron.errors import UserError, listed
+from longred_megatron.errors import UserError, first_few
 from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
 
@@ -68,12 +68,13 @@ def _check_same_device(gpu: bool) -> None:
     """Collectives of CPU and GPU tensors would wait for each other until the groups' limit is over."""
     ranks: list[Any] = [None] * torch.distributed.get_world_size()
     # On the CPU of every rank: NCCL would not do between different devices.
-    torch.distributed.all_gather_object(ranks, (platform.node(), gpu), torch.distributed.new_group(backend="gloo"))
+    world = torch.distributed.new_group(backend="gloo")
+    torch.distributed.all_gather_object(ranks, (platform.node(), gpu), world)
+    torch.distributed.destroy_process_group(world)
     without = [f"rank {rank} on {host}" for rank, (host, has) in enumerate(ranks) if not has]
     if 0 < len(without) < len(ranks):
-        more = f" and {len(without) - 8} more" if len(without) > 8 else ""
         raise UserError(
-            f"{listed(without[:8])}{more}: no GPU, or no Transformer Engine that can be imported, while other ranks "
+            f"{first_few(without)}: no GPU, or no Transformer Engine that can be imported, while other ranks "
             "have both; mend these machines (tools/launch/check_environment.py), or set LONGRED_DEVICE=cpu everywhere"
         )
 
