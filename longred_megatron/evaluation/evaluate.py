@@ -2,6 +2,7 @@
 
 import dataclasses
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -141,8 +142,7 @@ def evaluate(
     device = resolve_device(settings.device)
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
-    short_source = text_source(settings.short_texts, settings.text_key)
-    long_source = text_source(settings.long_texts, settings.text_key)
+    short_source, long_source = _sources(settings)
     lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
     encoders = [load_encoder(fact.path) for fact in facts]
     corpora = {
@@ -268,6 +268,14 @@ def default_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return []
+
+
+def _sources(settings: Settings) -> tuple[TextSource, TextSource]:
+    """The short and the long texts. Prints what beside them is no text file."""
+    short, long = (text_source(paths, settings.text_key) for paths in (settings.short_texts, settings.long_texts))
+    for each in dict.fromkeys(short.passed_over + long.passed_over):  # the texts may be the same
+        print(f"passed over: {each}", file=sys.stderr)
+    return short, long
 
 
 def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Settings) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +28,13 @@ MAX_CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class TextSource:
-    """Files to draw documents from. `description` is for the report; `text_key` as in `read_documents`."""
+    """Files to draw documents from. `description` is for the report; `text_key` as in `read_documents`; `passed_over`:
+    what beside them is no text file, for people."""
 
     files: tuple[Path, ...]
     description: str
     text_key: str = "text"
+    passed_over: tuple[str, ...] = ()
 
     def documents(self, seed: int) -> Iterator[str]:
         """Every text in a seeded order of the files, those of one file in their own order. Raises
@@ -72,8 +73,7 @@ class Windows:
 def text_source(paths: Sequence[Path], text_key: str = "text") -> TextSource:
     """The text files that `paths` name, see `find_files`. No paths: the Python standard library's sources.
 
-    Prints what in a folder is no text file. Raises `UserError` when a path is missing, is another kind of file, holds
-    no text or is damaged.
+    Raises `UserError` when a path is missing, is another kind of file, holds no text or is damaged.
     """
     if not paths:
         return _standard_library()
@@ -81,9 +81,7 @@ def text_source(paths: Sequence[Path], text_key: str = "text") -> TextSource:
     files = tuple(find_files(paths, skipped))
     if skipped.bad:
         raise UserError(*(f"{each}; fix or remove it" for each in named(skipped.bad)))
-    for each in named(skipped.others):
-        print(f"passed over: {each}", file=sys.stderr)
-    return TextSource(files, ", ".join(map(str, paths)), text_key)
+    return TextSource(files, ", ".join(map(str, paths)), text_key, tuple(named(skipped.others)))
 
 
 def _standard_library() -> TextSource:

@@ -26,6 +26,7 @@ LARGEST = {
     "head_dim": 2**16,
 }
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+_ROPE_SWITCHES = ("truncate", "mrope_interleaved")  # YaRN's, and Qwen3-VL's
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 _WORDS = (
@@ -109,11 +110,10 @@ def _rope_number_problems(rope: dict[str, Any]) -> Iterator[str]:
     for key, value in rope.items():
         if isinstance(value, dict):  # by kind of layer
             yield from _rope_number_problems(value)
-        for each in value if isinstance(value, list) else [value]:
-            is_switch = isinstance(each, bool) and key != "truncate"  # YaRN's one switch
-            if is_switch or (isinstance(each, int | float) and not 0 < each < math.inf):
-                yield f"{key} of RoPE is {_shown(each)}: must be a positive, finite number"
-                break
+        numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
+        wrong = [each for each in numbers if isinstance(each, bool) or not 0 < each < math.inf]
+        if wrong and key not in _ROPE_SWITCHES:
+            yield f"{key} of RoPE is {_shown(wrong[0])}: must be a positive, finite number"
 
 
 def _value_problems(config: Any) -> Iterator[str]:

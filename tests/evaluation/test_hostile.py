@@ -83,6 +83,8 @@ def test_a_tensor_in_two_shards_is_told(folder: Path) -> None:
         ("hidden_size", 10**15),
         ("max_position_embeddings", 10**15),
         ("vocab_size", "many"),
+        ("rms_norm_eps", -1e-6),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
         ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
     ],
 )
@@ -90,6 +92,17 @@ def test_absurd_settings_are_told_at_once(folder: Path, key: str, value: Any) ->
     change_config(folder, **{key: value})
     with pytest.raises(UserError, match=r"config\.json"):
         read_facts(folder)
+
+
+def test_rope_may_have_switches(folder: Path) -> None:
+    change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True})
+    assert read_facts(folder).rope is not None
+
+
+def test_whole_numbers_are_no_weights(folder: Path) -> None:
+    change_weights(folder, lambda weights: weights.update({NAME: weights[NAME].to(torch.int32)}))
+    with pytest.raises(UserError, match=rf"{NAME} \(I32\): weights must be floating-point"):
+        load_causal_model(folder, torch.float32)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000, "{" + "1" * 20_000_000, "\0", '{"model_type": []}'])

@@ -72,6 +72,7 @@ def test_folders_are_searched_and_their_order_is_seeded(tmp_path: Path) -> None:
         (tmp_path / f"{index}" / "t.txt").write_text(str(index), encoding="utf-8")
     (tmp_path / "skipped.md").write_text("no", encoding="utf-8")
     source = text_source([tmp_path])
+    assert source.passed_over == (f"file of another kind (1): {tmp_path / 'skipped.md'}",)
     assert sorted(source.documents(0)) == [str(index) for index in range(8)]
     assert list(source.documents(0)) == list(source.documents(0)) != list(source.documents(1))
 

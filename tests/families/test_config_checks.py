@@ -136,6 +136,14 @@ def test_keys_that_change_nothing_are(tmp_path: Path) -> None:
     assert read_architecture(tmp_path).head_dim == 8
 
 
+@pytest.mark.parametrize("truncate", [False, True])
+def test_yarns_one_switch_is_no_number(truncate: bool, tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "truncate": truncate}
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN | {"rope_scaling": scaling}))
+    assert read_architecture(tmp_path).rope["truncate"] is truncate
+    assert "factor of RoPE is True" in refused(tmp_path, rope_scaling=scaling | {"factor": True})
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
