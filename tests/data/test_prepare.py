@@ -284,7 +284,7 @@ def test_two_runs_do_not_write_one_set(tmp_path, monkeypatch, jsonl, sentencepie
     assert names(tmp_path) == ["set.bin", "set.idx", "set.json", "texts.jsonl"]
 
 
-def test_a_signal_at_any_line_leaves_nothing(tmp_path, jsonl, sentencepiece_model, monkeypatch):
+def test_a_signal_at_any_line_leaves_nothing(tmp_path, jsonl, sentencepiece_model):
     """At each line that runs from the first look at the output to the first move into place, one after the other."""
     files = {prepare_module.__file__, prepare_module.begin_folder.__code__.co_filename}
     cleaning = {"try_output", "_clear_halves", "remove_unfinished", "_remove", "_remove_empty"}

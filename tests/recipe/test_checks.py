@@ -599,7 +599,6 @@ def test_similar_data_set_is_suggested(check: Check) -> None:
 
 
 def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: True)
     assert check("precision.fp8=hybrid", gpu=None) == []
     monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: False)
