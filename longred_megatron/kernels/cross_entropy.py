@@ -4,14 +4,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longred_megatron.kernels.linear_loss import NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
-
-CHUNK_TOKENS = 1024
+from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
 
 
 def working_bytes(num_tokens: float, local_entries: float) -> float:
     """Of a chunk, on a rank with so many tokens and entries of the vocabulary: fp32 logits and their gradient."""
-    return min(CHUNK_TOKENS, num_tokens) * local_entries * 8
+    return 2 * min(CHUNK_BYTES, 4 * num_tokens * local_entries)
 
 
 def linear_cross_entropy(
@@ -21,7 +19,7 @@ def linear_cross_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None = None,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum over tokens with a label of -log softmax(hidden @ weight.T)[label], a scalar in fp32 (or fp64).
 
@@ -36,11 +34,7 @@ def linear_cross_entropy(
     Divisor and weight are the caller's.
 
     The loss is the same on all ranks of the group; the gradient of `hidden` is this rank's partial sum, to be
-    summed over the group by the caller. Can be differentiated once; see `linear_loss`.
-
-    `chunk_tokens` bounds the working memory to about 6 bytes (bf16) x chunk_tokens x vocab_local: 0.8 GB for
-    1024 tokens and 128K entries, less than the weight itself. Fewer tokens make the matrix products too small
-    for a GPU, and every chunk reads and writes the fp32 weight gradient once.
+    summed over the group by the caller. Can be differentiated once; see `linear_loss`, also for `chunk_tokens`.
 
     Raises ValueError when the shards together have fewer rows than `vocab_size`.
     """

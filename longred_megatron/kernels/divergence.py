@@ -21,15 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longred_megatron.kernels.cross_entropy import chunk_cross_entropy, linear_cross_entropy
-from longred_megatron.kernels.linear_loss import NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
+from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
 
-# fp32 bytes of one [chunk, vocab_local] tensor, of which three to six are alive: 523 tokens of 128,256 entries, and
-# with the vocabulary on 8 ranks 4186. Enough rows to fill a GPU's matrix products, and for each chunk's reading and
-# writing of the fp32 weight gradient to be little beside them (on a CPU, at 49,152 entries and width 576, 64 MiB take
-# 1.2 times as long).
-CHUNK_BYTES = 256 * 2**20
 # A logit without probability. Finite, so that the difference of two is 0 and not NaN.
 NO_PROBABILITY = -1e30
 
@@ -66,15 +61,13 @@ def linear_distillation(
 
     Divisor and weight in the step loss are the caller's. The loss is the same on all ranks of the group; the gradient
     of `hidden` is this rank's partial sum, to be summed over the group by the caller. The teacher gets none. Can be
-    differentiated once; see `linear_loss`. `chunk_tokens` bounds the working memory, by default as CHUNK_BYTES says.
+    differentiated once; see `linear_loss`, also for `chunk_tokens`.
 
     Raises ValueError for settings out of range, a missing teacher, numbers of tokens or rows that differ, and fewer
     rows than `vocab_size`.
     """
     shard = VocabularyShard.of(weight, vocab_size, group)
     _check(hidden, weight, teacher_hidden, teacher_weight, labels, direction, temperature, top_k, cross_entropy)
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     if teacher_hidden is None or teacher_weight is None or cross_entropy == 1:
         return linear_cross_entropy(
             hidden, weight, labels, vocab_size=vocab_size, group=group, chunk_tokens=chunk_tokens

@@ -10,6 +10,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 NO_LABEL = -100  # torch's and transformers' ignore_index
+# fp32 bytes of one [chunk, vocab_local] tensor: 523 tokens of 128,256 entries, and with the vocabulary on 8 ranks 4186.
+# Enough rows to fill a GPU's matrix products, and for each chunk's reading and writing of the fp32 weight gradient to
+# be little beside them (on a CPU, at 49,152 entries and width 576, 64 MiB take 1.2 times as long).
+CHUNK_BYTES = 256 * 2**20
+
+try:
+    # apex's: cuBLAS with a 16-bit product and an fp32 sum. Only a GPU's Python has it (`device.GPU_PACKAGES`).
+    from fused_weight_gradient_mlp_cuda import wgrad_gemm_accum_fp32 as _add_product_of_apex
+except ImportError:
+    _add_product_of_apex = None
 
 # (logits [chunk, vocab_local], the chunk's tokens, whether a gradient is needed) -> the chunk's summed loss, a scalar
 # in arithmetic_dtype(logits); and its gradient by the logits in their dtype, anything if none is needed. The logits
@@ -52,17 +62,21 @@ class VocabularyShard:
             dist.all_reduce(tensor, op=op, group=self.group)
 
 
-def linear_loss(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk_tokens: int) -> Tensor:
+def linear_loss(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk_tokens: int | None = None) -> Tensor:
     """Sum over chunks of `chunk_tokens` tokens of chunk_loss(hidden[chunk] @ weight.T), a scalar in fp32 (or fp64).
 
     hidden [tokens, hidden] and weight [vocab_local, hidden] have one dtype, in which the products run.
+    chunk_tokens: by default as many as CHUNK_BYTES holds.
 
     Both gradients are made in the forward pass, while a chunk's logits are there: three matrix products in
     all, where recomputing the logits would take four. The gradient of `hidden` is that through this rank's
-    logits alone. Can be differentiated once.
+    logits alone. That of `weight` is summed in fp32, and added in fp32 to `weight.main_grad` where Megatron's
+    data-parallel wrapper has made one. Can be differentiated once.
 
     Raises ValueError when chunk_tokens is not positive.
     """
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1")
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
@@ -83,7 +97,7 @@ class _LinearLoss(torch.autograd.Function):
         dtype = arithmetic_dtype(hidden)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # fp32 until the backward pass has scaled it: rounded to the weight's dtype once.
+        # fp32, as the backward pass has still to scale it.
         grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
@@ -92,9 +106,9 @@ class _LinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                grad_weight += grad_logits.t() @ hidden[chunk]
+                _add_product(grad_weight, grad_logits, hidden[chunk])
             del grad_logits  # before the next chunk's logits are there
-        ctx.weight_dtype = weight.dtype
+        ctx.weight = weight
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -106,5 +120,32 @@ class _LinearLoss(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
+            grad_weight = _delivered(ctx.weight, grad_weight.mul_(grad_loss))
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """total [vocab_local, hidden] += grad_logits.T @ hidden, in one pass over `total` where a product can add to it."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(grad_logits.t(), hidden)
+    elif not hidden.is_cuda:
+        total += grad_logits.t() @ hidden
+    elif _add_product_of_apex is not None:
+        _add_product_of_apex(hidden, grad_logits, total)
+    else:
+        torch.addmm(total, grad_logits.t(), hidden, out_dtype=total.dtype, out=total)
+
+
+def _delivered(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Hands a gradient over: to Megatron's fp32 sum of all micro-batches where there is one, else to autograd.
+
+    What autograd gets in the first case only says that the gradient is there, which starts the reduction of its bucket.
+    Megatron leaves it out by `grad_added_to_main_grad`; but where the weight is the embedding's as well
+    (`zero_out_wgrad`) it adds what autograd has summed, so that this part has to be zero.
+    """
+    if getattr(weight, "main_grad", None) is None:
+        return gradient.to(weight.dtype)
+    weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    is_tied = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if is_tied else torch.empty_like(weight)
