@@ -22,8 +22,16 @@ from longred_megatron.training.run_folder import METRICS, TENSORBOARD
 
 Key = tuple[str, str | None]  # an objective, and the name of a term of it or None
 
-# Dense peak of the tensor cores in FLOP/s (vendor data sheets), by a part of the device's name.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+# Dense peaks of the tensor cores in bf16 and in FP8, in FLOP/s (vendor data sheets), by a part of the device's name.
+PEAK_FLOPS: dict[str, tuple[float, float | None]] = {
+    "H100 PCIe": (756e12, 1513e12),
+    "H100 NVL": (835e12, 1671e12),
+    "H100": (989e12, 1979e12),
+    "H200": (989e12, 1979e12),
+    "A100": (312e12, None),
+    "GB200": (2500e12, 5000e12),
+    "B200": (2250e12, 4500e12),
+}
 
 
 class LossReducer:
@@ -90,12 +98,15 @@ def memory() -> dict[str, float]:
     return {"memory/peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def peak_flops() -> float | None:
-    """Peak FLOP/s of this rank's GPU; None without one or for one not in the table."""
+def peak_flops(fp8: bool) -> float | None:
+    """Peak FLOP/s of this rank's GPU in bf16, or in FP8; None without a GPU, or for one that is not in the table.
+
+    With FP8 the layers' matrix products run in it; attention and the head, which do not, count as if they did.
+    """
     if not torch.cuda.is_initialized():
         return None
     name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return next((peaks[fp8] for part, peaks in PEAK_FLOPS.items() if part in name), None)
 
 
 @dataclass

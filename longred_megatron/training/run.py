@@ -173,7 +173,10 @@ def _one_step(
     result = run.train_step(microbatches)
     losses = reduce_losses(microbatches, result.terms)  # waits for the device: the step is over
     seconds = time.perf_counter() - started
-    tokens, peak = recipe.num_microbatches * recipe.step.tokens_per_microbatch, m.peak_flops()
+    tokens, peak = (
+        recipe.num_microbatches * recipe.step.tokens_per_microbatch,
+        m.peak_flops(recipe.precision.fp8 is not None),
+    )
     return {
         **losses,
         "grad_norm": result.grad_norm,

@@ -16,7 +16,7 @@ from longred_megatron.objectives.next_token import NextToken
 from longred_megatron.objectives.short_restoration import ShortRestoration
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.training.metrics import LossReducer, MetricsWriter, first_non_finite
+from longred_megatron.training.metrics import LossReducer, MetricsWriter, first_non_finite, peak_flops
 from longred_megatron.training.microbatches import MicroBatch
 
 COMMON: dict[str, Any] = {"sequence_length": 8, "data": "texts"}
@@ -106,3 +106,19 @@ def test_lines_after_the_step_to_resume_at_are_written_anew(tmp_path: Path, line
     MetricsWriter(tmp_path, 9, 3, io.StringIO(), ()).close()
     kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(text)["step"] for text in kept] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 1979e12),
+        ("NVIDIA H100 PCIe", 756e12, 1513e12),
+        ("NVIDIA GB200", 2500e12, 5000e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, None),
+        ("NVIDIA GeForce RTX 4090", None, None),
+    ],
+)
+def test_the_peak_is_that_of_the_card_and_format(monkeypatch, name, bf16, fp8):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert (peak_flops(False), peak_flops(True)) == (bf16, fp8)
