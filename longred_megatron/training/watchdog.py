@@ -37,6 +37,7 @@ class Watchdog:
         self._folder, self._rank, self._num_ranks, self._limit = folder, rank, num_ranks, limit_seconds
         self._interval = min(10.0, limit_seconds / 10)
         self._doing, self._place, self._since = "starting", 0, time.time()
+        self._failure: str | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -50,7 +51,7 @@ class Watchdog:
         self._stopped.set()
         self._thread.join()
         if error is not None and not isinstance(error, SystemExit):  # the others, which wait, will want to know
-            self.progress(f"failed: {type(error).__name__}: {error}")
+            self._failure = f"{type(error).__name__}: {error}"
             self._write()
             return
         self._path(self._rank).unlink(missing_ok=True)
@@ -69,7 +70,7 @@ class Watchdog:
 
     def _write(self) -> None:
         beat = {"rank": self._rank, "host": platform.node(), "pid": os.getpid(), "time": time.time()}
-        beat |= {"doing": self._doing, "place": self._place, "since": self._since}
+        beat |= {"doing": self._doing, "place": self._place, "since": self._since, "failure": self._failure}
         with suppress(OSError):  # a full disk is for the checkpoint to report
             write_text(self._path(self._rank), json.dumps(beat))
 
@@ -96,7 +97,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """A rank's file; None where there is none, or no whole one."""
     try:
         beat = json.loads(path.read_text(encoding="utf-8"))
-        return beat if beat.keys() >= {"rank", "host", "pid", "time", "doing", "place", "since"} else None
+        return beat if beat.keys() >= {"rank", "host", "pid", "time", "doing", "place", "since", "failure"} else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -109,9 +110,9 @@ def describe(beats: list[dict[str, Any]], interval: float) -> str:
         interval: seconds between two writes of a file.
     """
     now = time.time()
-    failed = [beat for beat in beats if str(beat["doing"]).startswith("failed: ")]
+    failed = [beat for beat in beats if beat["failure"]]
     if failed:
-        return _listed(failed, lambda beat: f"gone, it {beat['doing']}")
+        return _listed(failed, lambda beat: f"gone, it failed at {beat['doing']}: {beat['failure']}")
     silent = [beat for beat in beats if now - beat["time"] > 3 * interval]
     if silent:
         listed = _listed(silent, lambda beat: f"silent for {now - beat['time']:.0f} s, last at {beat['doing']}")

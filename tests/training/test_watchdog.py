@@ -17,7 +17,7 @@ from tests.training.workspace import make_workspace
 def beat(rank: int, **changes: object) -> dict[str, object]:
     now = time.time()
     own = {"rank": rank, "host": "node0", "pid": 1, "time": now, "doing": "step 3", "place": 4, "since": now - 60}
-    return own | changes
+    return own | {"failure": None} | changes
 
 
 def test_a_silent_rank_is_named_before_one_that_waits() -> None:
@@ -31,8 +31,8 @@ def test_a_rank_behind_is_named() -> None:
 
 
 def test_a_rank_that_failed_is_named_first() -> None:
-    text = describe([beat(0, place=1), beat(1, doing="failed: OutOfMemoryError: 80 GiB", time=0)], interval=1)
-    assert text == "rank 1 (pid 1 on node0) is gone, it failed: OutOfMemoryError: 80 GiB"
+    text = describe([beat(0, place=1), beat(1, failure="OutOfMemoryError: 80 GiB", time=0)], interval=1)
+    assert text == "rank 1 (pid 1 on node0) is gone, it failed at step 3: OutOfMemoryError: 80 GiB"
 
 
 # As NCCL does: leaving the world waits for collectives that the failed rank never joins.
@@ -72,7 +72,7 @@ def test_a_rank_that_fails_ends_the_job_at_once_and_leaves_its_traceback(tmp_pat
     reports = [path.read_text() for path in (tmp_path / "run").glob("unexpected-error-*.txt")]  # and the other rank's
     assert any('raise RuntimeError("a made-up failure")' in report for report in reports)
     beat = json.loads((tmp_path / "run" / "ranks" / "rank-00001.json").read_text())
-    assert beat["doing"] == "failed: RuntimeError: a made-up failure"
+    assert beat["failure"] == "RuntimeError: a made-up failure"
 
 
 def test_when_all_are_at_one_place_none_is_blamed() -> None:
