@@ -40,8 +40,17 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> 
 
 
 def load(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
-    """Takes over hyperparameters and step; the tensors have been loaded in place."""
-    _distributed(optimizer).load_state_dict(loaded)
+    """Takes over the number of steps; the tensors have been loaded in place.
+
+    Rates and decay come from the recipe at every step. What else is in a group belongs to the Adam that wrote it:
+    torch's, on a CPU, and Transformer Engine's have other keys, and neither can step with the other's.
+    """
+    inner = _distributed(optimizer)
+    [step] = {int(group["step"]) for group in loaded["optimizer"]["param_groups"]}
+    own = inner.state_dict()
+    for group in own["optimizer"]["param_groups"]:
+        group["step"] = step
+    inner.load_state_dict(own)
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

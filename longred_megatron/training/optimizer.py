@@ -81,12 +81,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(config, list(chunks))
-    for group in optimizer.param_groups:
-        # Only Megatron's scheduler, which is not used, reads it; but a checkpoint loads into groups that agree in it,
-        # and the phases of a run have rates of their own.
-        del group["max_lr"]
-    return optimizer
+    return get_megatron_optimizer(config, list(chunks))
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, settings: Optimizer, step: int, num_steps: int) -> float:
@@ -94,6 +89,6 @@ def set_hyperparameters(optimizer: MegatronOptimizer, settings: Optimizer, step:
     rate = learning_rate(settings, step, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
-        group["betas"], group["eps"] = settings.betas, settings.eps  # a checkpoint brings those of the phase before
+        group["betas"], group["eps"] = settings.betas, settings.eps
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]  # Megatron leaves the product to its scheduler
     return rate
