@@ -9,7 +9,9 @@ import json
 import pickle
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +20,20 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from pydantic import TypeAdapter, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.storage import WriteResult
 
 from longred_megatron.checkpoint import optimizer_state, tensor_files
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
-from longred_megatron.files import MARKER, PARTIAL, begin_folder, finish_folder, reason, removed_on_failure, write_text
+from longred_megatron.files import (
+    PARTIAL,
+    begin_folder,
+    finish_folder,
+    reason,
+    remove_unfinished,
+    removed_on_failure,
+    write_text,
+)
 from longred_megatron.model.chunk import ModelChunk
 
 DESCRIPTION = "checkpoint.json"
@@ -52,45 +63,96 @@ def save(
     optimizer: MegatronOptimizer | None = None,
     add: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes the chunks' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it.
+    """Writes the chunks' weights, and the optimizer's state if given, as the folder `path`. Every rank calls it; nobody
+    goes on before the checkpoint is whole. See `Saving`.
+    """
+    Saving(path, chunks, description, optimizer, add).finish()
+
+
+class Saving:
+    """A checkpoint on its way to the folder `path`. Every rank makes one and calls the same methods.
 
     Args:
         description: fields of `Description` that the caller knows.
         add: puts more files into the folder it is given; rank 0 calls it before the checkpoint is whole.
+        in_background: a thread writes copies of the tensors while the caller changes them. Otherwise `finish` writes.
 
     Raises:
-        UserError: the folder cannot be written (a full disk, no permission); older checkpoints are untouched.
+        UserError: the folder cannot be written (a full disk, no permission); older checkpoints are untouched. Also
+            from `finish`, on every rank.
     """
+
+    def __init__(
+        self,
+        path: Path,
+        chunks: Sequence[ModelChunk],
+        description: dict[str, Any],
+        optimizer: MegatronOptimizer | None = None,
+        add: Callable[[Path], None] | None = None,
+        in_background: bool = False,
+    ) -> None:
+        self._path, self._partial, self._add = path, path.with_name(path.name + PARTIAL), add
+        with _saving_failures(path):
+            if torch.distributed.get_rank() == 0:
+                begin_folder(path)
+            torch.distributed.barrier()  # the world: nobody writes before the folder is there
+            state, same_weights = _sharded_state(chunks, optimizer), chunks[0].pg_collection.dp_cp
+            self._writing = tensor_files.Writing(self._partial, state, same_weights, copied=in_background)
+        self._description = description | self._writing.values
+        self._written: Future[_Written] | None = None
+        if in_background:
+            executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            self._written = executor.submit(self._write)
+            executor.shutdown(wait=False)
+
+    def is_written(self) -> bool:
+        """Whether the threads of all ranks have ended, well or not; the same answer on every rank."""
+        assert self._written is not None
+        ended = torch.tensor([self._written.done()], dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(ended, torch.distributed.ReduceOp.MIN)  # the world: all ranks finish, or none
+        return bool(ended)
+
+    def finish(self) -> None:
+        """Waits for all ranks and gives the folder its name."""
+        with _saving_failures(self._path):
+            written = self._written.result if self._written else self._write
+            tensor_files.all_ranks().all_reduce("write", written, self._make_whole)
+
+    def abandon(self) -> None:
+        """Removes what has been written: the run has failed."""
+        remove_unfinished(self._partial)
+
+    def _write(self) -> "_Written":
+        """This rank's files, and a mark of each."""
+        results = self._writing.write()
+        own = self._partial.glob(f"__{torch.distributed.get_rank()}_*")
+        return results, {file.name: _mark(file) for file in own}
+
+    def _make_whole(self, parts: "list[_Written]") -> None:
+        """On rank 0, with what all ranks have written."""
+        self._writing.finish([results for results, _ in parts])
+        marks = {name: mark for _, own in parts for name, mark in own.items()}
+        marks[tensor_files.INDEX] = _mark(self._partial / tensor_files.INDEX)
+        whole = self._description | {"files": marks}
+        write_text(self._partial / DESCRIPTION, json.dumps(whole | {"digest": _digest(whole)}, indent=1))
+        if self._add is not None:
+            self._add(self._partial)
+        finish_folder(self._path)
+
+
+_Written = tuple[list[WriteResult], dict[str, str]]  # see `Writing.write`; and marks by the names of files
+
+
+@contextmanager
+def _saving_failures(path: Path) -> Iterator[None]:
     with removed_on_failure(path):
         try:
-            _write(path, chunks, description, optimizer, add)
+            yield
         except tensor_files.FAILURES as error:
             raise UserError(
                 f"{path}: the checkpoint could not be written ({_causes(error)}); older checkpoints are as they were: "
                 "free space and start again"
             ) from error
-    torch.distributed.barrier()  # the world: nobody goes on before the checkpoint is whole
-
-
-def _write(
-    path: Path,
-    chunks: Sequence[ModelChunk],
-    description: dict[str, Any],
-    optimizer: MegatronOptimizer | None,
-    add: Callable[[Path], None] | None,
-) -> None:
-    rank, partial = torch.distributed.get_rank(), path.with_name(path.name + PARTIAL)
-    if rank == 0:
-        begin_folder(path)
-    torch.distributed.barrier()  # the world: nobody writes before the folder is there
-    values = tensor_files.write(partial, _sharded_state(chunks, optimizer))
-    marks = _marks_of_all_ranks(partial)
-    if rank == 0:
-        whole = description | values | {"files": marks}
-        write_text(partial / DESCRIPTION, json.dumps(whole | {"digest": _digest(whole)}, indent=1))
-        if add is not None:
-            add(partial)
-        finish_folder(path)
 
 
 def check(path: Path) -> None:
@@ -138,16 +200,6 @@ def load(path: Path, chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer 
 
 def _is_tensor(name: str) -> bool:
     return not name.endswith("_extra_state")
-
-
-def _marks_of_all_ranks(folder: Path) -> dict[str, str]:
-    """Marks of all files in `folder`: each rank reads those it has just written, rank 0 the others too."""
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    names = [path.name for path in folder.iterdir() if path.name != MARKER]
-    ours = [name for name in names if name.startswith(f"__{rank}_") or (rank == 0 and not name.startswith("__"))]
-    parts: list[dict[str, str]] = [{} for _ in range(size)]
-    torch.distributed.all_gather_object(parts, {name: _mark(folder / name) for name in ours})  # the world
-    return {name: mark for part in parts for name, mark in part.items()}
 
 
 def _mark(path: Path) -> str:

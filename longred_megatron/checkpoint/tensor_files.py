@@ -6,7 +6,7 @@ made of are let in, by their exact names. What is no tensor would be a pickle to
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge, nested_values
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
     MCoreSavePlanner,
@@ -25,9 +29,15 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
+from torch.distributed import ProcessGroup
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from longred_megatron.device import on_gpu
 
 INDEX = ".metadata"
 # What a full disk, no permission or a damaged file ends in. torch's own is no Exception.
@@ -61,20 +71,59 @@ _EARLIER_VALUES = MetadataIndex("common_state/shard_0_1")
 _EARLIER_EMPTY = "._extra_state/"
 
 
-def write(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """Writes the tensors of a sharded state. Every rank calls it; returns what is left of `state` without them.
+class Writing:
+    """The tensors of a sharded state on their way into the files of a folder. Every rank makes one and calls `write`;
+    rank 0 then calls `finish`.
 
     Written by this process: Megatron's own strategy hands the files to helper processes even when it waits for them.
     Those take five seconds to start, and outlive a run that is killed.
+
+    Args:
+        group: the ranks that hold the same weights; each writes a share.
+        copied: whether `write` writes the tensors as they are now, whatever becomes of them: they are copied.
+
+    Attributes:
+        values: what is left of `state` without its tensors.
     """
-    tensors, rest = save_preprocess(_without_objects(state))
-    named, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
-    dcp.save(
-        mcore_to_pyt_state_dict(named, False),
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-    )
-    return rest
+
+    def __init__(self, folder: Path, state: dict[str, Any], group: ProcessGroup, copied: bool) -> None:
+        tensors, self.values = save_preprocess(_without_objects(state))
+        distribution = determine_main_replica_uniform_distribution(tensors, group)
+        distribute_main_replicas_with_precomputed_distribution(tensors, group, distribution)
+        named, _, _ = _replace_state_dict_keys_with_sharded_keys(tensors, keep_only_main_replica=True)
+        self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        # Copying ahead from a GPU would use the stream, and the device, of whichever thread writes.
+        self._writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0) if copied else dcp.FileSystemWriter(folder)
+        self._index: Metadata | None = None
+
+        def own_plan() -> SavePlan:
+            if copied:
+                _copy_to_host(tensor for parts in named.values() for tensor in parts)
+            self._planner.set_up_planner(
+                mcore_to_pyt_state_dict(named, False), is_coordinator=all_ranks().is_coordinator
+            )
+            self._writer.set_up_storage_writer(all_ranks().is_coordinator)
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+        def all_plans(plans: list[SavePlan]) -> list[SavePlan]:
+            plans, self._index = self._planner.create_global_plan(plans)
+            return self._writer.prepare_global_plan(plans)
+
+        self._plan: SavePlan = all_ranks().reduce_scatter("plan", own_plan, all_plans)
+
+    def write(self) -> list[WriteResult]:
+        """Writes this rank's files and says where in them what is. No messages: it may run in a thread."""
+        return self._writer.write_data(self._planner.finish_plan(self._plan), self._planner).value()
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """Writes the index. results: of all ranks."""
+        assert self._index is not None, "rank 0 has it"
+        self._writer.finish(self._index, results)
+
+
+def all_ranks() -> _DistWrapper:
+    """torch's collectives over the world in which an exception of one rank becomes a CheckpointException of all."""
+    return _DistWrapper(None, True, 0)
 
 
 def read(folder: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +209,15 @@ def _foreign_entries(index: Metadata, is_earlier: bool) -> Iterator[str]:
     for place in index.storage_data.values():
         if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
             yield repr(place.relative_path)
+
+
+def _copy_to_host(tensors: Iterable[ShardedTensor]) -> None:
+    """Replaces the data of each by a copy in this machine's memory, of a GPU's in pinned memory."""
+    for tensor in tensors:
+        copy = torch.empty_like(tensor.data, device="cpu", pin_memory=on_gpu())
+        tensor.data = copy.copy_(tensor.data, non_blocking=True)
+    if on_gpu():
+        torch.cuda.current_stream().synchronize()
 
 
 def _without_objects(state: dict[str, Any]) -> dict[str, Any]:
