@@ -3,7 +3,7 @@
     make chaos
 
 The run trains every kind of objective on two ranks; each kill -9 hits one of them or both, while they load, train or
-save. The final weights and metrics have to be the same bits.
+save, every other time beside the training. The final weights and metrics have to be the same bits.
 """
 
 import argparse
@@ -26,13 +26,15 @@ from tests.training.workspace import make_workspace, read_metrics, without_times
 RANKS = 2
 
 
-def command(recipe: Path, run: Path) -> list[str]:
-    return [*training_command(recipe, RANKS), f"run.dir={run}"]
+def command(recipe: Path, run: Path, *overrides: str) -> list[str]:
+    return [*training_command(recipe, RANKS), f"run.dir={run}", *overrides]
 
 
-def start(recipe: Path, run: Path) -> subprocess.Popen[bytes]:
+def start(recipe: Path, run: Path, *overrides: str) -> subprocess.Popen[bytes]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(recipe, run), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command(recipe, run, *overrides), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
@@ -40,9 +42,9 @@ def ranks_of(agent: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
-def kill_once(recipe: Path, run: Path, rng: random.Random) -> str | None:
+def kill_once(recipe: Path, run: Path, rng: random.Random, async_save: bool) -> str | None:
     """Starts the run and kills it some time after it has begun to work; None if it was done before."""
-    agent = start(recipe, run)
+    agent = start(recipe, run, f"training.async_save={str(async_save).lower()}")
     beats = run / "ranks"
     while len(list(beats.glob("rank-*.json"))) < RANKS and agent.poll() is None:
         time.sleep(0.02)
@@ -74,7 +76,7 @@ def main() -> None:
         recipe = write_recipe(folder, objectives=all_kinds(4))
         subprocess.run(command(recipe, folder / "calm"), check=True, stdout=subprocess.DEVNULL)
         for number in range(1, arguments.kills + 1):
-            what = kill_once(recipe, folder / "killed", rng)
+            what = kill_once(recipe, folder / "killed", rng, async_save=number % 2 == 0)
             if what is None:
                 sys.exit(f"the run was done after {number - 1} kills: use more --steps")
             saved = sorted(path.name for path in (folder / "killed" / "checkpoints").glob("step-*[0-9]"))

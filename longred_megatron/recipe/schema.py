@@ -123,6 +123,11 @@ class Training(Settings):
     keep_checkpoints: Annotated[PositiveInt, Mark.FREE] = Field(
         3, description="newest checkpoints kept; more than one, so that a damaged one costs little"
     )
+    async_save: Annotated[bool, Mark.FREE] = Field(
+        False,
+        description="writes checkpoints beside the steps that follow, from a copy in the machine's memory; off: needs "
+        "no memory, and a full disk is told at the step itself",
+    )
     hang_minutes: Annotated[PositiveFloat, Field(le=MINUTES_OF_A_YEAR), Mark.FREE] = Field(
         30.0, description="without progress on a rank before the job ends, naming the rank that holds up the others"
     )

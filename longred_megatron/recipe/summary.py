@@ -74,6 +74,7 @@ def summary(phase: Phase, world_size: int) -> list[Block]:
         _loss_line(phase),
         *_model_lines(phase.recipe, phase.source),
         _memory_lines(phase, world_size),
+        *_copy_line(phase, world_size),
         _skipped_line(phase),
     ]
 
@@ -110,6 +111,18 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
         activations=_activation_elements(recipe, source, replicas) * size,
         loss=max(o.working_bytes(phase.sites[name]) for name, o in recipe.objectives.items()),
     )
+
+
+def checkpoint_bytes(phase: Phase, world_size: int) -> float:
+    """What the fullest rank writes of a checkpoint: (b * N + 12 * trained N) / (dp * cp).
+
+    12: an fp32 copy of each trained parameter, whatever its own type, and Adam's two moments. See `expected_memory`.
+    """
+    recipe, source = phase.recipe, phase.source
+    parameters = _stage_parameters(recipe, source, source.num_layers, True)
+    trained = _stage_parameters(recipe, source, source.num_layers, True, recipe.training.trainable)
+    whole = PARAMETER_BYTES[recipe.precision.params] * parameters + 12 * trained
+    return whole / (_replicas(recipe, world_size) * recipe.parallel.context)
 
 
 def _rank_lines(recipe: Recipe, world_size: int) -> list[Block]:
@@ -181,6 +194,15 @@ def _memory_lines(phase: Phase, world_size: int) -> Block:
     }
     parts = tuple((n.replace("_", " "), f"{getattr(memory, n) / GIB:.2f} GiB ({why})") for n, why in formulas.items())
     return Block("memory a rank", f"about {memory.total / GIB:.1f} GiB, rough, fullest stage", parts, brief=True)
+
+
+def _copy_line(phase: Phase, world_size: int) -> list[Block]:
+    """What asynchronous saving costs."""
+    if not phase.recipe.training.async_save:
+        return []
+    size = checkpoint_bytes(phase, world_size) / GIB
+    where = "of the machine's memory, not the GPU's, until it is written"
+    return [Block("checkpoint copy", f"about {size:.2f} GiB a rank {where} (training.async_save)")]
 
 
 def _skipped_line(phase: Phase) -> Block:

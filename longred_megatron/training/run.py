@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from longred_megatron.training.flops import step_flops
 from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters, train_only
 from longred_megatron.training.order import last_reach_all, microbatch_order
+from longred_megatron.training.saver import CheckpointSaver
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep
 from longred_megatron.training.watchdog import Watchdog
@@ -146,18 +147,23 @@ def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: in
     last, first = phases[-1].last_step, done + 1
     shown = ("loss", *(f"loss/{name}" for name in phase.recipe.objectives))
     writer = m.MetricsWriter(folder, last, first, sys.stdout, shown, len(phases)) if run.is_main else None
-    with StopRequest() as stop, closing(writer) if writer else nullcontext():
+    saver = CheckpointSaver(whole, watchdog)
+    with StopRequest() as stop, closing(writer) if writer else nullcontext(), saver:
         for step, microbatches in _prefetched(run, first, phase.last_step):
             watchdog.progress(f"step {step}")
             metrics = {"step": step} | ({"phase": phase.number} if whole.phases else {})
             metrics |= _one_step(run, step, microbatches, reduce_losses, flops)
-            _check_finite(metrics, shown, folder)
+            saver.after_step()
+            if m.first_non_finite(metrics):
+                saver.finish()  # the checkpoint on its way is a good one
+                raise _not_finite(metrics, shown, folder)
             if writer:
                 writer.write(metrics)
-            if step == phase.last_step or step % whole.training.checkpoint_every_steps == 0:
-                _save(run, whole, step, watchdog)
+            is_last = step == phase.last_step
+            if is_last or step % whole.training.checkpoint_every_steps == 0:
+                saver.save(step, run.chunks, run.student, run.optimizer, is_last)
             if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
-                _save(run, whole, step, watchdog)
+                saver.save(step, run.chunks, run.student, run.optimizer, is_last=True)
                 raise SystemExit(128 + signal)
 
 
@@ -203,17 +209,16 @@ def _prefetched(run: PhaseRun, first: int, last: int) -> Iterator[tuple[int, lis
             yield step, microbatches
 
 
-def _check_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> None:
+def _not_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> UserError:
     name = m.first_non_finite(metrics)
-    if name is None:
-        return
+    assert name is not None
     what = f"{name} is {metrics[name]}"
     if name == "grad_norm":
         losses = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         what += f" (losses are finite: {losses})"
     saved = run_folder.checkpoints(folder)
     good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
-    raise UserError(
+    return UserError(
         f"step {metrics['step']}: {what}; nothing of this step is saved, {good}. Lower optimizer.lr, use warm-up or "
         "precision.params=fp32, or look at the step's data with debug.dump_microbatches=FOLDER, then start again"
     )
@@ -233,25 +238,6 @@ def _newest_step(folder: Path) -> int:
             print(f"resuming after step {step} from {path}")
         return step
     return 0
-
-
-def _save(run: PhaseRun, whole: Recipe, step: int, watchdog: Watchdog) -> None:
-    watchdog.progress(f"the checkpoint of step {step}")
-    path = run_folder.checkpoint_path(whole.run.dir, step)
-    if not path.is_dir():
-        description = {
-            "architecture": asdict(run.student),
-            "source_hf": str(whole.model.hf),
-            "dtype": whole.precision.params,
-            "step": step,
-        }
-
-        def add_recipe(folder: Path) -> None:
-            write_text(folder / run_folder.RECIPE, dump_recipe(whole))
-
-        distributed.save(path, run.chunks, description, run.optimizer, add_recipe)
-    if run.is_main:
-        run_folder.prune_checkpoints(whole.run.dir, whole.training.keep_checkpoints)
 
 
 def _export(run: PhaseRun, whole: Recipe, last: int) -> None:

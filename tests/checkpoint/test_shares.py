@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longred_megatron.recipe import load_recipe, read_phases
+from longred_megatron.recipe.summary import checkpoint_bytes
 from tests.layouts.ranks import Case, run_all
 from tests.layouts.table import CHANGES, MODELS, SIZES
 from tests.layouts.test_resharding import saved_tensors
@@ -39,6 +41,11 @@ def test_ranks_write_alike_much_and_what_one_rank_writes(layout: str, saved: Pat
     sizes = [(saved / f"{layout}-saved" / f"__{rank}_0.distcp").stat().st_size for rank in range(world)]
     print(f"{layout}: {sizes} bytes")
     assert max(sizes) < 1.15 * sum(sizes) / world
+    [phase] = read_phases(load_recipe(saved / "workspace" / "recipe.yaml", LAYOUTS[layout][1]))
+    # The arithmetic knows no file format, of whose headers tiny tensors have as much as numbers.
+    numbers = sum(tensor.nbytes for tensor in saved_tensors(saved / f"{layout}-saved").values())
+    largest_share = max(sizes) / sum(sizes) * numbers
+    assert checkpoint_bytes(phase, world) == pytest.approx(largest_share, rel=0.15)
     one, again = saved_tensors(saved / "one-saved"), saved_tensors(saved / f"{layout}-saved")
     assert one.keys() == again.keys()
     for name, tensor in one.items():

@@ -9,7 +9,7 @@ import pytest
 from longred_megatron.families import Architecture
 from longred_megatron.kernels.relation_divergence import BLOCK_BYTES
 from longred_megatron.recipe import Phase, load_recipe, phases_summary
-from longred_megatron.recipe.summary import GIB, Memory, _stages, expected_memory
+from longred_megatron.recipe.summary import GIB, Memory, _stages, checkpoint_bytes, expected_memory
 from longred_megatron.training.flops import step_flops
 from tests.recipe.conftest import phase_of
 
@@ -99,6 +99,20 @@ def test_memory_by_layout(memory: Callable[..., Memory]) -> None:
     context = memory("parallel.context=2", world_size=2)
     assert context.optimizer == one.optimizer / 2
     assert (context.activations, context.teacher_targets) == (one.activations / 2, one.teacher_targets / 2)
+
+
+def test_the_copy_of_a_checkpoint_is_told_where_one_is_made(
+    summarise: Callable[..., str], write: Write, values: dict[str, Any], architecture: Architecture
+) -> None:
+    text = summarise("training.async_save=true", "parallel.context=2", world_size=4)
+    # bf16 weights, and in fp32 the weights again and two moments, of which four ranks write a quarter each.
+    expected = (2 + 12) * architecture.num_parameters() / 4
+    [told] = [line for line in text.splitlines() if line.startswith("checkpoint copy")]
+    assert f"about {expected / GIB:.2f} GiB a rank of the machine's memory" in told
+    assert "checkpoint copy" not in summarise()
+    frozen = phase_of(load_recipe(write(values), ["training.trainable=[attention]"]), architecture)
+    trained = architecture.num_layers * architecture.layer_parameters(["attention"])
+    assert checkpoint_bytes(frozen, 1) == pytest.approx(2 * architecture.num_parameters() + 12 * trained, rel=1e-3)
 
 
 def test_memory_of_a_pipeline_counts_the_fullest_stage(memory: Callable[..., Memory]) -> None:

@@ -118,7 +118,10 @@ def test_a_loss_that_is_not_finite_names_step_objective_and_remedy(tmp_path: Pat
     assert "optimizer.lr" in message and "no checkpoint" in message
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("failing", "how"), [(4, ()), (3, ("training.async_save=true", "training.checkpoint_every_steps=1"))]
+)
+def test_a_full_disk_keeps_the_last_good_checkpoint(failing: int, how: tuple[str, ...], tmp_path: Path) -> None:
     recipe, run = make_workspace(tmp_path), tmp_path / "run"
     subprocess.run(
         [sys.executable, "-m", "longred_megatron.train", str(recipe), "training.steps=2"],
@@ -127,7 +130,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
     )
     checkpoint = run / "checkpoints" / "step-000002"
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    message = fail(recipe, "training.steps=4", limit_file_bytes=100_000)
-    assert "step-000004" in message and "space" in message
+    message = fail(recipe, "training.steps=4", *how, limit_file_bytes=100_000)
+    assert f"step-{failing:06}: the checkpoint could not be written" in message and "free space" in message
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
