@@ -87,7 +87,8 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
     - parameters = b * N, gradients = 4 * N, optimizer = (12 with bf16, 8 with fp32) * N / (dp * cp), of the last two
       only the trained parts' N; N = (layers / pp * parameters of a layer + embedding or head) / tp
     - teacher = b * N of each teacher, without layers above the deepest compared one and without a head no loss needs
-    - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches
+    - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches; with one
+      stage, where a teacher runs just before each micro-batch, of the largest of them
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
       recompute full keeps h, and one layer's working set on top; otherwise all of it (`_layer_elements`)
     - with sequence parallelism, hidden states count T / cp / tp tokens
@@ -274,14 +275,16 @@ def _rank_tokens(recipe: Recipe) -> float:
 def _target_elements(phase: Phase, replicas: int) -> float:
     """Teacher values kept between the teacher's pass and the student's, on the fullest stage."""
     recipe = phase.recipe
-    stages = [0.0] * recipe.parallel.pipeline
+    stages, largest = [0.0] * recipe.parallel.pipeline, 0.0
     for name, settings in recipe.objectives.items():
         teacher = phase.sites[name].teacher
         where = recipe.parallel.for_depth(teacher.num_layers).layer_stages(teacher.num_layers)
         share = -(-settings.microbatches // replicas)  # shares of replicas differ by one at most
-        for tap in phase.needs[name].teacher_taps(teacher.num_layers):
-            stages[where[tap.layer]] += share * _tap_elements(recipe, tap, teacher)
-    return max(stages)
+        sizes = {tap: _tap_elements(recipe, tap, teacher) for tap in phase.needs[name].teacher_taps(teacher.num_layers)}
+        for tap, size in sizes.items():
+            stages[where[tap.layer]] += share * size
+        largest = max(largest, sum(sizes.values()))
+    return max(stages) if len(stages) > 1 else largest
 
 
 def _tap_elements(recipe: Recipe, tap: Tap, model: Architecture) -> float:

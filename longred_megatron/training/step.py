@@ -1,6 +1,5 @@
-"""One optimizer step: the teachers' passes, the student's pass, the update."""
+"""One optimizer step: the teachers' values, the student's pass, the update."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.recipe import Phase
 from longred_megatron.training.losses import chunk_terms
 from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.stopwatch import Stopwatch
 
 Targets = list[dict[Tap, Tensor]]  # per micro-batch: {the teacher's tap: its value}
 
@@ -31,7 +31,7 @@ class StepResult:
 
     terms: list[list[Term]]  # per micro-batch, see `chunk_terms`; without graphs
     grad_norm: float
-    teacher_seconds: float
+    teacher_seconds: float  # of the device
 
 
 @dataclass
@@ -46,24 +46,28 @@ class TrainStep:
 
     def __call__(self, microbatches: Sequence[MicroBatch]) -> StepResult:
         """Trains on this replica's micro-batches of one step."""
-        terms, teacher_seconds = self.forward_backward(microbatches)
+        terms, teachers = self.forward_backward(microbatches)
         _, grad_norm, _ = self.optimizer.step()
-        return StepResult(terms, float(grad_norm), teacher_seconds)
+        grad_norm = float(grad_norm)  # waits for the device, which the stopwatch needs
+        return StepResult(terms, grad_norm, teachers.seconds())
 
-    def forward_backward(self, microbatches: Sequence[MicroBatch]) -> tuple[list[list[Term]], float]:
-        """Leaves the step's reduced gradients in `main_grad`; returns the terms and the teachers' seconds.
+    def forward_backward(self, microbatches: Sequence[MicroBatch]) -> tuple[list[list[Term]], Stopwatch]:
+        """Leaves the step's reduced gradients in `main_grad`; returns the terms and the teachers' time.
 
         Args:
             microbatches: this replica's, whole; cut here for this rank of the context axis.
         """
         local = [self._cut(m) for m in microbatches]
-        started = time.perf_counter()
-        targets = self._teacher_passes(local)
-        teacher_seconds = time.perf_counter() - started
+        teachers = Stopwatch()
+        # With one stage the student's pass asks the teachers: just before it needs what they say.
+        targets: Targets = [{} for _ in local]
+        if self.groups.pp.size() > 1:
+            with teachers.running():
+                self._teacher_passes(local, targets)
         for chunk in self.student:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._student_pass(local, targets), teacher_seconds
+        return self._student_pass(local, targets, teachers), teachers
 
     def _cut(self, microbatch: MicroBatch) -> MicroBatch:
         """The part of this context-parallel rank, on its device."""
@@ -95,9 +99,23 @@ class TrainStep:
         return () if teacher is None else self.teachers[teacher]
 
     @torch.no_grad()
-    def _teacher_passes(self, microbatches: Sequence[MicroBatch]) -> Targets:
+    def _ask_teacher(self, microbatch: MicroBatch, chunk: ModelChunk, targets: dict[Tap, Tensor]) -> Tensor:
+        """Runs a chunk of the micro-batch's teacher, keeps what the loss needs of it, and returns its output."""
+        output, values = chunk(
+            microbatch.tokens,
+            microbatch.teacher_positions,
+            self.phase.needs[microbatch.objective].teacher_taps(chunk.architecture.num_layers),
+            microbatch.settings.whole_sequences,
+            microbatch.documents,
+            microbatch.teacher_length,
+        )
+        # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
+        targets |= {tap: value.detach() for tap, value in values.items()}
+        return output
+
+    @torch.no_grad()
+    def _teacher_passes(self, microbatches: Sequence[MicroBatch], targets: Targets) -> None:
         """A forward-only pipelined pass of each teacher over its micro-batches; every stage keeps its own layers."""
-        targets: Targets = [{} for _ in microbatches]
         # By teacher, each known by its first chunk; in the order of the micro-batches, the same on every rank.
         passes: dict[int, tuple[Sequence[ModelChunk], list[tuple[int, MicroBatch]]]] = {}
         for i, microbatch in enumerate(microbatches):
@@ -105,23 +123,13 @@ class TrainStep:
                 passes.setdefault(id(chunks[0]), (chunks, []))[1].append((i, microbatch))
         for chunks, taught in passes.values():
             self._teacher_pass(chunks, taught, targets)
-        return targets
 
     def _teacher_pass(
         self, chunks: Sequence[ModelChunk], taught: list[tuple[int, MicroBatch]], targets: Targets
     ) -> None:
         def forward(iterator: Iterator[tuple[int, MicroBatch]], chunk: ModelChunk) -> tuple[Tensor, None]:
             i, microbatch = next(iterator)
-            output, values = chunk(
-                microbatch.tokens,
-                microbatch.teacher_positions,
-                self.phase.needs[microbatch.objective].teacher_taps(chunk.architecture.num_layers),
-                microbatch.settings.whole_sequences,
-                microbatch.documents,
-                microbatch.teacher_length,
-            )
-            # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
-            targets[i] |= {tap: value.detach() for tap, value in values.items()}
+            output = self._ask_teacher(microbatch, chunk, targets[i])
             # The last stage has nobody to send to; its states are kept above.
             return output if not chunk.post_process else output[:0], None
 
@@ -133,7 +141,9 @@ class TrainStep:
         else:
             self._pipeline(forward, chunks, taught, forward_only=True)
 
-    def _student_pass(self, microbatches: Sequence[MicroBatch], targets: Targets) -> list[list[Term]]:
+    def _student_pass(
+        self, microbatches: Sequence[MicroBatch], targets: Targets, teachers: Stopwatch
+    ) -> list[list[Term]]:
         """Megatron's forward-backward schedule; gradients are reduced at its end. Returns the terms, detached."""
         found: list[list[Term]] = [[] for _ in microbatches]
         # Megatron applies this factor to what the last stage returns; losses of other stages get it here. The
@@ -146,6 +156,10 @@ class TrainStep:
             i, microbatch = next(iterator)
             chunk: ModelChunk = wrapped.module
             needs = self.phase.needs[microbatch.objective]
+            teacher = self._teacher_chunks(microbatch)
+            if teacher and self.groups.pp.size() == 1:
+                with teachers.running():
+                    self._ask_teacher(microbatch, teacher[0], targets[i])
             output, values = wrapped(
                 microbatch.tokens,
                 microbatch.student_positions,
@@ -154,7 +168,6 @@ class TrainStep:
                 microbatch.documents,
                 microbatch.student_length,
             )
-            teacher = self._teacher_chunks(microbatch)
             last = teacher[-1] if teacher else None
             terms = chunk_terms(chunk, last, microbatch, needs, output, values, targets[i], self.groups)
             if wrapped is self.student[-1]:

@@ -1,5 +1,6 @@
 """What runs in a step: which teacher on which micro-batch, and what is kept of it for how long."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from longred_megatron.objectives import KINDS
 from longred_megatron.objectives.base import Tap
-from longred_megatron.training import losses
+from longred_megatron.training import losses, stopwatch
 from tests.objectives.examples import example
 from tests.objectives.references import step_loss
 from tests.training.test_reference_parity import megatron_gradients, total_loss
@@ -82,15 +84,55 @@ def test_heads_are_computed_for_losses_that_need_them(
     assert (made.count(True), made.count(False)) == (4, 2)  # the student's of two kinds; its own view's
 
 
-def test_what_a_teacher_gave_is_dropped_when_it_has_been_used(
-    two_teachers: Path, groups: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+def test_what_a_teacher_gave_is_dropped_before_the_next_one_is_asked(
+    two_teachers: Path, groups: ProcessGroupCollection
 ) -> None:
     run = build_run(two_teachers, groups)
-    kept: list[Any] = []
-    passes = run.train_step._teacher_passes
-    monkeypatch.setattr(run.train_step, "_teacher_passes", lambda local: kept.append(passes(local)) or kept[0])
+    given: list[list[StorageWeakRef]] = []
+    living: list[int] = []  # micro-batches whose targets are held, whenever a teacher runs
+
+    def watch(module: Any, arguments: Any, result: Any) -> None:
+        if not torch.is_grad_enabled():  # a teacher, or the student as its own
+            living.append(sum(any(not each.expired() for each in values) for values in given))
+            given.append([StorageWeakRef(value.untyped_storage()) for value in result[1].values()])
+
+    for chunks in (run.chunks, *run.train_step.teachers.values()):
+        chunks[0].register_forward_hook(watch)
     run.train_step.forward_backward(run.data.step(1, 0, 1))
-    assert len(kept[0]) == 8 and not any(kept[0])
+    assert living == 6 * [0]
+    assert all(each.expired() for values in given for each in values)
+
+
+def test_the_seconds_of_teachers_are_those_of_every_micro_batch(
+    two_teachers: Path, groups: ProcessGroupCollection
+) -> None:
+    run = build_run(two_teachers, groups)
+    for chunks in run.train_step.teachers.values():
+        chunks[0].register_forward_hook(lambda *_: time.sleep(0.05))
+    run.chunks[0].register_forward_hook(lambda *_: time.sleep(0.3 * torch.is_grad_enabled()))
+    assert 4 * 0.05 < run.train_step(run.data.step(1, 0, 1)).teacher_seconds < 8 * 0.3
+
+
+def test_on_a_gpu_seconds_are_read_from_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1500.0, 4000.0, 4250.0])  # milliseconds, as CUDA has them
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = next(clock)
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    monkeypatch.setattr(stopwatch, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = stopwatch.Stopwatch()
+    for _ in range(2):
+        with watch.running():
+            pass
+    assert watch.seconds() == 0.75
 
 
 def test_a_teacher_leaves_the_student_and_its_gradients_alone(
