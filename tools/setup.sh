@@ -46,7 +46,7 @@ find .venv/lib -name '*.dist-info' -type d ! -exec test -e '{}/RECORD' ';' -prun
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt setuptools || unfinished
 say 'after the downloads, pip unpacks for a minute or two without a word.'
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt \
-    --no-build-isolation --editable '.[dev,gguf]' || unfinished
+    --no-build-isolation --editable '.[dev,gguf,te-python]' || unfinished
 "$python" -W ignore -c 'import megatron.core, torch, transformers' || unfinished
 
 printf '%s\n' "$wanted" >"$stamp"

@@ -4,7 +4,7 @@ python -m tests.layouts.table
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,29 +181,48 @@ FAULTS = (
 
 def run_table(folder: Path) -> Mapping[str, Outcome]:
     """Outcomes of LAYOUTS, BF16_LAYOUTS and FAULTS and of their references, by name."""
-    recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
-    recipes |= {name: _packed_workspace(folder / name, changes) for name, changes in PACKED_RECIPES.items()}
-    recipes["kinds"] = _kinds_workspace(folder / "kinds")
     compared = (*LAYOUTS, *BF16_LAYOUTS, *FAULTS)
-    layouts = {each.name: each for each in (*(layout.reference for layout in compared), *compared)}
-    cases = [Case(n, each.world, recipes[each.model], each.overrides, each.sabotage) for n, each in layouts.items()]
-    return run_all(cases, folder)
+    return run_all(cases((*(layout.reference for layout in compared), *compared), workspaces(folder)), folder)
 
 
-def _packed_workspace(folder: Path, changes: dict[str, Any]) -> Path:
+def workspaces(folder: Path) -> dict[str, Path]:
+    """Writes what the layouts train on; the recipes by `Layout.model`."""
+    for name, model in MODELS.items():
+        make_workspace(folder / name, model, SIZES, **CHANGES)
+    for name, changes in PACKED_RECIPES.items():
+        _packed_workspace(folder / name, changes)
+    _kinds_workspace(folder / "kinds")
+    return recipes_in(folder)
+
+
+def recipes_in(folder: Path) -> dict[str, Path]:
+    """The recipes that `workspaces` wrote, by `Layout.model`."""
+    recipes = {name: folder / name / "recipe.yaml" for name in (*MODELS, *PACKED_RECIPES)}
+    return recipes | {"kinds": folder / "kinds" / "changed.yaml"}
+
+
+def cases(layouts: Iterable[Layout], recipes: Mapping[str, Path]) -> list[Case]:
+    """What to run for the layouts, each one once."""
+    return [
+        Case(name, each.world, recipes[each.model], each.overrides, each.sabotage)
+        for name, each in {layout.name: layout for layout in layouts}.items()
+    ]
+
+
+def _packed_workspace(folder: Path, changes: dict[str, Any]) -> None:
     changes = CHANGES | {"objectives": CHANGES["objectives"] | changes["objectives"]}
     if changes["objectives"]["long_text"] is None:
         write_model("qwen3_tied", folder / "large", sizes=LARGE)
         changes |= {"teacher": {"hf": "large"}}
-    return make_workspace(folder, "llama_3", SIZES, **changes)
+    make_workspace(folder, "llama_3", SIZES, **changes)
 
 
-def _kinds_workspace(folder: Path) -> Path:
+def _kinds_workspace(folder: Path) -> None:
     make_workspace(folder, "llama_3", SIZES, **CHANGES)
     write_perturbed(folder / "model", folder / "other", seed=12)
     objectives = all_kinds(SIZES["num_hidden_layers"])
     objectives["own_relations"]["teacher"] = {"hf": "other"}
-    return write_recipe(folder, objectives=objectives)
+    write_recipe(folder, objectives=objectives)
 
 
 def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
