@@ -1,0 +1,42 @@
+"""Casts to FP8 under Transformer Engine's own recipes: a linear layer, forward and backward."""
+
+from tests.gpu_path import install  # noqa: F401
+
+# isort: split
+
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_engine.common import recipe
+from transformer_engine.pytorch import Linear, autocast
+from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+RECIPES = {
+    "delayed": recipe.DelayedScaling(amax_history_len=4),
+    "tensorwise": recipe.Float8CurrentScaling(),
+    "blockwise": recipe.Float8BlockScaling(),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_linear_layer_is_near_its_own_in_fp32(name: str) -> None:
+    torch.manual_seed(1)
+    FP8GlobalStateManager.reset()
+    layer = Linear(256, 128, params_dtype=torch.float32)
+    x, weight = torch.randn(32, 256, requires_grad=True), torch.randn(32, 128)
+    for _ in range(3):  # delayed scaling knows its scales after a step
+        layer.zero_grad()
+        x.grad = None
+        with autocast(enabled=True, recipe=RECIPES[name]):
+            out = layer(x)
+        out.backward(weight)
+    wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    gradients = torch.autograd.grad(wanted, [x, layer.weight], weight)
+    for ours, theirs in ((out, wanted), (x.grad, gradients[0]), (layer.weight.grad, gradients[1])):
+        assert 1e-3 < distance(ours, theirs) < 0.08  # rounded, and not more
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative, by the norm."""
+    return float(((ours.float() - theirs).norm() / theirs.norm()).detach())
