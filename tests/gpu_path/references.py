@@ -1,46 +1,24 @@
-"""The layouts that run over Transformer Engine, and what the CPU path makes of the same recipes.
+"""The CPU path, for comparison: in processes of its own, which cannot import Transformer Engine.
 
-python -m tests.gpu_path.references FOLDER
+python -m tests.gpu_path.references FOLDER < pickled cases
 """
 
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.layouts.ranks import run_all
-from tests.layouts.table import Layout, cases, workspaces
-
-LAYOUTS = (
-    Layout(1, {}),
-    Layout(1, {}, recompute="full"),
-    Layout(1, {}, recompute="selective"),
-    Layout(1, {}, model="biases"),
-    Layout(1, {}, model="masked"),
-    Layout(1, {}, model="kinds"),
-    Layout(2, {}),
-    Layout(2, {"tensor": 2, "sequence": True}),
-    Layout(2, {"tensor": 2}, model="biases"),
-    Layout(2, {"tensor": 2, "sequence": True}, model="tied"),
-    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, recompute="full"),
-    Layout(2, {"context": 2}),
-    Layout(2, {"context": 2}, whole_sequences=True, recompute="full"),
-    Layout(2, {"context": 2}, model="masked", recompute="full"),
-    Layout(2, {"context": 2}, model="masked", whole_sequences=True),
-    Layout(2, {"context": 2}, model="kinds"),
-    Layout(4, {"context": 4}),
-    Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full"),
-    Layout(4, {"pipeline": 2, "context": 2}, recompute="full"),
-)
-RECIPES = "recipes"
+from tests.layouts.ranks import Case, Outcome, _outcome, run_all
 
 
-def write_references(folder: Path) -> None:
-    """Writes the recipes and, in a process without Transformer Engine, the outcomes of one rank on the CPU."""
+def run_on_cpu(cases: Sequence[Case], folder: Path) -> Mapping[str, Outcome]:
+    """As `ranks.run_all`, without Transformer Engine."""
     command = [sys.executable, "-m", "tests.gpu_path.references", str(folder)]
-    subprocess.run(command, env=os.environ | {"LONGRED_DEVICE": "cpu"}, check=True)
+    subprocess.run(command, input=pickle.dumps(cases), env=os.environ | {"LONGRED_DEVICE": "cpu"}, check=True)
+    return {case.name: _outcome(folder / case.name) for case in cases}
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[1])
-    run_all(cases((layout.reference for layout in LAYOUTS), workspaces(out / RECIPES)), out)
+    run_all(pickle.load(sys.stdin.buffer), Path(sys.argv[1]))

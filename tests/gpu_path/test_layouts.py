@@ -5,27 +5,49 @@ from tests.gpu_path import ranks
 # isort: split
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 
-from tests.gpu_path.references import LAYOUTS, RECIPES, write_references
-from tests.layouts.ranks import Outcome, _outcome
-from tests.layouts.table import Layout, cases, recipes_in
+from tests.gpu_path.references import run_on_cpu
+from tests.layouts.ranks import Outcome
+from tests.layouts.table import Layout, cases, workspaces
 
 TOLERANCE = 1e-5
+LAYOUTS = (
+    Layout(1, {}),
+    Layout(1, {}, recompute="full"),
+    Layout(1, {}, recompute="selective"),
+    Layout(1, {}, model="biases"),
+    Layout(1, {}, model="masked"),
+    Layout(1, {}, model="kinds"),
+    Layout(2, {}),
+    Layout(2, {"tensor": 2, "sequence": True}),
+    Layout(2, {"tensor": 2}, model="biases"),
+    Layout(2, {"tensor": 2, "sequence": True}, model="tied"),
+    Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, recompute="full"),
+    Layout(2, {"context": 2}),
+    Layout(2, {"context": 2}, whole_sequences=True, recompute="full"),
+    Layout(2, {"context": 2}, model="masked", recompute="full"),
+    Layout(2, {"context": 2}, model="masked", whole_sequences=True),
+    Layout(2, {"context": 2}, model="kinds"),
+    Layout(4, {"context": 4}),
+    Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full"),
+    Layout(4, {"pipeline": 2, "context": 2}, recompute="full"),
+)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Outcome], Path]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Outcome], Mapping[str, Outcome]]:
+    """(over Transformer Engine, on the CPU)."""
     folder = tmp_path_factory.mktemp("layouts")
-    write_references(folder)
-    (folder / "gpu").mkdir()
-    return ranks.run_all(cases(LAYOUTS, recipes_in(folder / RECIPES)), folder / "gpu"), folder
+    recipes = workspaces(folder)
+    (folder / "cpu").mkdir()
+    references = run_on_cpu(cases((layout.reference for layout in LAYOUTS), recipes), folder / "cpu")
+    return ranks.run_all(cases(LAYOUTS, recipes), folder), references
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_a_step_is_that_of_the_cpu_path(layout: Layout, outcomes: tuple[Mapping[str, Outcome], Path]) -> None:
-    over_transformer_engine, folder = outcomes
-    reference = _outcome(folder / layout.reference.name)
-    assert max(over_transformer_engine[layout.name].difference(reference).values()) < TOLERANCE
+def test_a_step_is_that_of_the_cpu_path(layout: Layout, outcomes: tuple[Mapping[str, Outcome], ...]) -> None:
+    over_transformer_engine, on_cpu = outcomes
+    difference = over_transformer_engine[layout.name].difference(on_cpu[layout.reference.name])
+    assert max(difference.values()) < TOLERANCE, difference

@@ -18,20 +18,11 @@ from longred_megatron.checkpoint.verification import verify
 from longred_megatron.families import read_architecture
 from longred_megatron.layout import Parallel, Precision
 from longred_megatron.model.chunk import ModelChunk, build_chunks
-from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.recipe import dump_recipe, load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import build
 from tests.checkpoint.small_models import MODELS, write_model
 from tests.training.test_rehearsal import RECIPES, shrunk
-
-
-@pytest.fixture(scope="module")
-def groups() -> Iterator[ProcessGroupCollection]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield initialize(Parallel(), seed=1)
-    destroy()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -187,18 +187,9 @@ def run_table(folder: Path) -> Mapping[str, Outcome]:
 
 def workspaces(folder: Path) -> dict[str, Path]:
     """Writes what the layouts train on; the recipes by `Layout.model`."""
-    for name, model in MODELS.items():
-        make_workspace(folder / name, model, SIZES, **CHANGES)
-    for name, changes in PACKED_RECIPES.items():
-        _packed_workspace(folder / name, changes)
-    _kinds_workspace(folder / "kinds")
-    return recipes_in(folder)
-
-
-def recipes_in(folder: Path) -> dict[str, Path]:
-    """The recipes that `workspaces` wrote, by `Layout.model`."""
-    recipes = {name: folder / name / "recipe.yaml" for name in (*MODELS, *PACKED_RECIPES)}
-    return recipes | {"kinds": folder / "kinds" / "changed.yaml"}
+    recipes = {name: make_workspace(folder / name, model, SIZES, **CHANGES) for name, model in MODELS.items()}
+    recipes |= {name: _packed_workspace(folder / name, changes) for name, changes in PACKED_RECIPES.items()}
+    return recipes | {"kinds": _kinds_workspace(folder / "kinds")}
 
 
 def cases(layouts: Iterable[Layout], recipes: Mapping[str, Path]) -> list[Case]:
@@ -209,20 +200,20 @@ def cases(layouts: Iterable[Layout], recipes: Mapping[str, Path]) -> list[Case]:
     ]
 
 
-def _packed_workspace(folder: Path, changes: dict[str, Any]) -> None:
+def _packed_workspace(folder: Path, changes: dict[str, Any]) -> Path:
     changes = CHANGES | {"objectives": CHANGES["objectives"] | changes["objectives"]}
     if changes["objectives"]["long_text"] is None:
         write_model("qwen3_tied", folder / "large", sizes=LARGE)
         changes |= {"teacher": {"hf": "large"}}
-    make_workspace(folder, "llama_3", SIZES, **changes)
+    return make_workspace(folder, "llama_3", SIZES, **changes)
 
 
-def _kinds_workspace(folder: Path) -> None:
+def _kinds_workspace(folder: Path) -> Path:
     make_workspace(folder, "llama_3", SIZES, **CHANGES)
     write_perturbed(folder / "model", folder / "other", seed=12)
     objectives = all_kinds(SIZES["num_hidden_layers"])
     objectives["own_relations"]["teacher"] = {"hf": "other"}
-    write_recipe(folder, objectives=objectives)
+    return write_recipe(folder, objectives=objectives)
 
 
 def differences(layout: Layout, outcomes: Mapping[str, Outcome]) -> dict[str, float]:
