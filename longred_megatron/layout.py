@@ -1,7 +1,7 @@
-"""How one replica of a model is cut over ranks, and in which number formats it is computed."""
+"""How one replica of a model is cut over ranks."""
 
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -50,15 +50,3 @@ class Parallel(Settings):
         """{layer number: the pipeline stage it lies on, from 0}."""
         chunks = enumerate(self.chunk_layers(num_layers))
         return {layer: chunk % self.pipeline for chunk, layers in chunks for layer in layers}
-
-
-class Precision(Settings):
-    """Number formats."""
-
-    params: Literal["bf16", "fp32"] = Field(
-        "bf16", description="parameters and arithmetic; with bf16 the optimizer keeps fp32 copies"
-    )
-    fp8: Literal["hybrid", "e4m3"] | None = Field(
-        None, description="FP8 matrix products; hybrid: e5m2 for gradients; null: none"
-    )
-    fp8_attention: bool = Field(False, description="FP8 attention as well; needs fp8")

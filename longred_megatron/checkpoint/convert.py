@@ -20,9 +20,10 @@ from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.files import try_output, without_new_parents
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.precision import Precision
 from longred_megatron.recipe import load_recipe
 
 HF_SOURCE = "hf_source"  # in a converted checkpoint: the source's config.json, tokenizer and other small files

@@ -28,6 +28,7 @@ class LayerActivations(NamedTuple):
 
     whole: int
     split: int
+    mlp: int
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,17 @@ class Architecture:
         """Input and output of each norm over the hidden size; what a product split by its output gives (queries, keys,
         values, gate, up), and what one split by its input takes (attention's output, the MLP's product).
 
-        Attention scores are never kept (fused attention).
+        Attention scores are never kept (fused attention). mlp: what of `split` lies inside the MLP.
         """
         wide = (self.hidden_size,)
         num_norms = sum(rule.part == "norm" and wide in rule.huggingface.values() for rule in self.layer_rules())
-        split = sum(
-            shape[rule.layout.split_dim] for rule, shape in self._matrices() if rule.layout.split_dim is not None
-        )
-        return LayerActivations(whole=2 * num_norms * self.hidden_size, split=split)
+        parts = [
+            (rule.part, shape[rule.layout.split_dim])
+            for rule, shape in self._matrices()
+            if rule.layout.split_dim is not None
+        ]
+        mlp = sum(width for part, width in parts if part == "mlp")
+        return LayerActivations(2 * num_norms * self.hidden_size, sum(width for _, width in parts), mlp)
 
     def _matrices(self) -> Iterator[tuple[Rule, tuple[int, ...]]]:
         """The (output, input) matrices of one layer."""

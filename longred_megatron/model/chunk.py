@@ -11,13 +11,14 @@ from torch import Tensor
 
 from longred_megatron.device import on_gpu
 from longred_megatron.families import Architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
 from longred_megatron.model.taps import attention_values
 from longred_megatron.objectives.base import Tap
+from longred_megatron.precision import Precision
 from longred_megatron.rope.frequencies import RotaryFrequencies
 
 

@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
+from longred_megatron.precision import Precision
 
 
 def transformer_config(
@@ -51,14 +53,17 @@ def transformer_config(
         "bias_dropout_fusion": gpu,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": gpu,
-        "fp8": precision.fp8,
-        "fp8_dot_product_attention": precision.fp8_attention,
     } | architecture.megatron_settings()
+    settings |= precision.megatron_settings()
+    if gpu:
+        # By default, Transformer Engine takes unfused attention where no other fits, with all of a layer's scores.
+        settings["attention_backend"] = AttnBackend.fused
     settings["softmax_scale"] *= attention_factor**2
     if recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":
-        settings |= {"recompute_granularity": "selective"}
+        # Not Megatron's default, the attention: fused kernels keep no scores, so that would cost time and save nothing.
+        settings |= {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     if parallel.layers_per_chunk:
         chunks = [["decoder"] * size for size in parallel.layers_per_chunk]
         chunks[0].insert(0, "embedding")

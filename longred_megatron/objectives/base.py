@@ -15,7 +15,8 @@ from torch import Generator, Tensor
 from longred_megatron.data.sequences import IndexedSequences, Series
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
+from longred_megatron.precision import Precision
 from longred_megatron.settings import (
     Mark,
     NumTokens,
@@ -225,6 +226,10 @@ class Objective(Settings):
         """Where its samples come from: makes the endless series of one data set from (prefix, length, seed)."""
         return IndexedSequences
 
+    def masks_documents(self) -> bool:
+        """Whether its batches name the documents of a sequence, which do not see each other."""
+        return False
+
     def own_problems(self, where: str, site: Site) -> Iterator[str]:
         """What only this kind knows to be wrong, each a sentence; `where` is its key's path."""
         return iter(())
@@ -246,6 +251,11 @@ class Objective(Settings):
         yield from self._cut_problems(where, site)
         yield from self.own_problems(where, site)
         yield from self._layer_problems(where, needs, site)
+        if needs.teacher_is_student and site.precision.scaling == "delayed":
+            yield (
+                f"`{where}` runs the student without gradients before it trains: with delayed scaling that pass casts "
+                "with scales that no step has set; set `precision.fp8_recipe` to tensorwise, or `precision.fp8` to null"
+            )
         if self.teacher is not None and (not needs.teacher or needs.teacher_is_student):
             what = "the student is its own" if needs.teacher else "it compares with none"
             yield f"`{where}.teacher` has no effect: {what}; remove it"

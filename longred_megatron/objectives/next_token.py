@@ -28,6 +28,9 @@ class NextToken(Objective):
     def needs(self, site: Site) -> Needs:
         return Needs(student_head=True)
 
+    def masks_documents(self) -> bool:
+        return self.mask_documents
+
     def series(self) -> Callable[[str, int, tuple[int, ...]], Series[Any]]:
         return DocumentSequences if self.mask_documents else IndexedSequences
 

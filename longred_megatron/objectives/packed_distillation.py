@@ -62,6 +62,9 @@ class PackedDistillation(Objective):
     def needs(self, site: Site) -> Needs:
         return Needs(student_head=True, teacher_head=self.cross_entropy < 1)
 
+    def masks_documents(self) -> bool:
+        return self.mask_documents
+
     def series(self) -> Callable[[str, int, tuple[int, ...]], Series[Pack]]:
         return PackedSequences
 

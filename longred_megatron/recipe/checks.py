@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from longred_megatron.device import on_gpu
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
+from longred_megatron.precision import Card, Sizes
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.problems import nearest
 from longred_megatron.recipe.schema import Recipe
@@ -46,7 +47,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
         *_world_problems(recipe, world_size),
         *_trainable_problems(recipe, source),
         *_optimizer_problems(recipe),
-        *_precision_problems(recipe, gpu),
+        *_precision_problems(phase, gpu),
     ]
     return list(dict.fromkeys(found))  # objectives of one length say the same of the step
 
@@ -226,15 +227,35 @@ def _optimizer_problems(recipe: Recipe) -> Iterator[str]:
         yield (f"`optimizer.min_lr` is {optimizer.min_lr:g}: greater than `optimizer.lr` {optimizer.lr:g}; lower it")
 
 
-def _precision_problems(recipe: Recipe, gpu: bool | None) -> Iterator[str]:
-    precision = recipe.precision
-    if precision.fp8_attention and precision.fp8 is None:
-        yield "`precision.fp8_attention` is true: has no effect without `precision.fp8`; set that to hybrid"
-    if precision.fp8 is not None:
-        if gpu is None:
-            gpu = on_gpu()
-        if not gpu:
-            yield f"`precision.fp8` is {precision.fp8!r}: needs a GPU, and none is used; set it to null"
+def _precision_problems(phase: Phase, gpu: bool | None) -> Iterator[str]:
+    """gpu: None asks this machine, and its card."""
+    precision, parallel, source = phase.recipe.precision, phase.recipe.parallel, phase.source
+    here = gpu is None and on_gpu()
+    if here and precision.params == "fp32":
+        yield (
+            "`precision.params` is 'fp32': there is no fused attention for it on a GPU, and the unfused one holds "
+            "heads x length x length numbers; set it to bf16 (the optimizer keeps fp32 copies), or LONGRED_DEVICE=cpu"
+        )
+    if precision.fp8 is not None and not (gpu or here):
+        yield f"`precision.fp8` is {precision.fp8!r}: needs a GPU, and none is used; set it to null"
+        return
+    if precision.teacher_fp8 and not phase.teachers:
+        yield "`precision.teacher_fp8` is true: has no effect, since no objective compares with a teacher; remove it"
+    tokens, models = phase.recipe.step.tokens_per_microbatch // parallel.context, {"model.hf": source}
+    if precision.teacher_fp8:
+        models |= {f"teacher {hf}": teacher for hf, teacher in phase.teachers.items()}
+    widths = {}
+    for whose, model in models.items():
+        of_heads = model.num_attention_heads * model.head_dim
+        widths[f"hidden_size of {whose} is"] = model.hidden_size
+        widths[f"intermediate_size of {whose} is"] = model.intermediate_size // parallel.tensor
+        widths[f"attention's width of {whose} is"] = of_heads // parallel.tensor
+    sizes = Sizes(
+        rank_tokens=tokens // (parallel.tensor if parallel.sequence else 1),
+        widths=widths,
+        head_dims={whose: model.head_dim for whose, model in models.items()},
+    )
+    yield from precision.problems(sizes, Card.here() if here and precision.fp8 else None)
 
 
 def _even_split(number: int, parts: int) -> str:

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from longred_megatron.families.weights import Part
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.objectives import KINDS, AnyObjective
 from longred_megatron.objectives.base import Teacher
+from longred_megatron.precision import Precision
 from longred_megatron.rope import METHODS, Rope
 from longred_megatron.settings import (
     Mark,
@@ -112,7 +113,8 @@ class Training(Settings):
     )
     recompute: Annotated[Literal["none", "selective", "full"], Mark.PHASE, Mark.FREE] = Field(
         "full",
-        description="what backward recomputes; full: least memory for about a third more FLOPs",
+        description="what backward recomputes; full: least memory for about a third more FLOPs; selective: the MLPs, "
+        "which hold most of a layer's memory, and no attention",
     )
     trainable: Annotated[tuple[Part, ...], Field(strict=False, min_length=1)] | None = Field(
         None, description=f"parts of the model that learn, of {', '.join(get_args(Part))}; null: all of them"

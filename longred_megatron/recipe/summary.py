@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part
 from longred_megatron.objectives.base import Needs, Tap
+from longred_megatron.precision import ATTENTION_NOTE, Precision
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.schema import Recipe
 
@@ -76,7 +77,17 @@ def summary(phase: Phase, world_size: int) -> list[Block]:
         _memory_lines(phase, world_size),
         *_copy_line(phase, world_size),
         _skipped_line(phase),
+        *_precision_lines(phase.recipe.precision),
     ]
+
+
+def _precision_lines(precision: Precision) -> list[Block]:
+    """What is computed in FP8."""
+    if precision.fp8 is None:
+        return []
+    of = "student and teachers" if precision.teacher_fp8 else f"student; teachers in {precision.params}"
+    parts = (("attention", ATTENTION_NOTE),) if precision.fp8_attention else ()
+    return [Block("FP8", f"{precision.fp8}, {precision.scaling} scaling: {of}", parts)]
 
 
 def expected_memory(phase: Phase, world_size: int) -> Memory:
@@ -90,7 +101,8 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
     - teacher targets = b * h * T / cp * compared layers of a stage, summed over the replica's micro-batches; with one
       stage, where a teacher runs just before each micro-batch, of the largest of them
     - activations = b * T / cp * (elements kept of a token) * layers of a stage * micro-batches in flight;
-      recompute full keeps h, and one layer's working set on top; otherwise all of it (`_layer_elements`)
+      recompute full keeps h, and one layer's working set on top; selective all but what the MLPs hold, and one MLP's
+      on top; none all of it (`_layer_elements`)
     - with sequence parallelism, hidden states count T / cp / tp tokens
     - loss = what the objective whose loss needs most says of it
     """
@@ -306,6 +318,10 @@ def _activation_elements(recipe: Recipe, architecture: Architecture, replicas: i
     working_set = _layer_elements(recipe, architecture)
     if recipe.training.recompute == "full":
         return in_flight * layers * _rank_tokens(recipe) * architecture.hidden_size + working_set
+    if recipe.training.recompute == "selective":
+        tokens = recipe.step.tokens_per_microbatch / parallel.context
+        mlp = tokens * architecture.layer_activations().mlp / parallel.tensor
+        return in_flight * layers * (working_set - mlp) + mlp
     return in_flight * layers * working_set
 
 

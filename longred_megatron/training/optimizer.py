@@ -16,8 +16,8 @@ from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part
-from longred_megatron.layout import Precision
 from longred_megatron.model.chunk import ModelChunk
+from longred_megatron.precision import Precision
 from longred_megatron.recipe import Optimizer
 
 

@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,13 +141,16 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
         values["phases"] = [_shrunk(change, small, factor, folder) for change in values["phases"]]
         for change in values["phases"][:-1]:
             change["training"] = change.get("training", {}) | {"steps": 1}
-    values["precision"] |= {"fp8": None, "fp8_attention": False}
-    if recipe.precision.fp8:
-        changes.append(f"precision.fp8: {recipe.precision.fp8} -> null, there is no GPU")
+    changes += _fp8_changes(phases)
     values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
     values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
     return Rehearsal(Recipe.model_validate(values), ranks * replicas, changes)
+
+
+def _fp8_changes(phases: Sequence[Phase]) -> list[str]:
+    kinds = dict.fromkeys(phase.recipe.precision.fp8 for phase in phases if phase.recipe.precision.fp8)
+    return [f"precision.fp8: {kind} -> null, there is no GPU; its settings were checked" for kind in kinds]
 
 
 def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder: Path) -> dict[str, Any]:
@@ -163,6 +166,8 @@ def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder
         values["model"]["rope"] = _of_small_heads(rope)
     for name, blend in values.get("data", {}).items():
         values["data"][name] = blend and {str(folder / f"texts-{i}"): w for i, w in enumerate(blend.values())}
+    if "precision" in values:  # without FP8
+        values["precision"] = {key: value for key, value in values["precision"].items() if key == "params"}
     if "warmup_steps" in values.get("optimizer", {}):
         values["optimizer"]["warmup_steps"] = min(values["optimizer"]["warmup_steps"], 1)
     return values

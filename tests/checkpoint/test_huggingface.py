@@ -17,8 +17,9 @@ from longred_megatron.checkpoint.verification import chunk_logits, same_bits, ve
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.files import begin_folder
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import build_chunks
+from longred_megatron.precision import Precision
 from longred_megatron.recipe.schema import Model
 from longred_megatron.rope import RopeSource
 from tests.checkpoint.small_models import (

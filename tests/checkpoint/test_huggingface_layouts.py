@@ -13,10 +13,11 @@ from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import same_bits
 from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import build_chunks
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.precision import Precision
 from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, write_model
 
 NUM_RANKS = 4

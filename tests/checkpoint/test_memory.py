@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from longred_megatron.checkpoint import distributed, huggingface
 from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.families import Architecture, read_architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import ModelChunk, build_chunks
+from longred_megatron.precision import Precision
 from longred_megatron.recipe.schema import Optimizer
 from longred_megatron.training.optimizer import build_optimizer, data_parallel
 

@@ -16,11 +16,12 @@ from longred_megatron import families
 from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import same_bits, verify
 from longred_megatron.errors import UserError
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import build_chunks
 from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.model.specs import RMSNorm
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.precision import Precision
 from tests.checkpoint.small_models import GROUPED, SIZES
 from tests.walks import example as walk
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from longred_megatron.errors import multiples
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Layers, Needs, Objective, Site, Tap
-from longred_megatron.recipe import load_recipe
+from longred_megatron.precision import HOPPER, Card
+from longred_megatron.recipe import checks, load_recipe
 from longred_megatron.recipe.checks import _divisors, check_phase
 from longred_megatron.rope import RopeSource
 from tests.recipe.conftest import phase_of
@@ -279,6 +280,29 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         ("precision.fp8_attention=true",),
         {},
         "`precision.fp8_attention` is true: has no effect without `precision.fp8`",
+    ),
+    "fp8 widths on a rank": (
+        ("precision={fp8: hybrid, fp8_recipe: mxfp8}", "parallel.tensor=8"),
+        {"gpu": True, "world_size": 8, "intermediate_size": 14464},
+        "`precision.fp8` is 'hybrid': intermediate_size of model.hf is 1808 on a rank, and FP8 products (mxfp8) take",
+    ),
+    "fp8 heads": (
+        ("precision={fp8: hybrid, fp8_attention: true}",),
+        {"gpu": True, "head_dim": 64},
+        "`precision.fp8_attention` is true: to train on Hopper, heads must have 128 dims, those of model.hf have 64",
+    ),
+    "fp8 teacher without one": (
+        ("precision={fp8: hybrid, teacher_fp8: true}", *ALONE, "objectives.short_restoration=null", "data.short=null"),
+        {"gpu": True},
+        "`precision.teacher_fp8` is true: has no effect, since no objective compares with a teacher",
+    ),
+    "delayed scales of a natural view": (
+        (
+            f"{PERTURBED}={{microbatches: 8, sequence_length: 8192, data: window, whole_sequences: true}}",
+            "precision={fp8: hybrid, fp8_recipe: delayed}",
+        ),
+        {"gpu": True},
+        "`objectives.perturbed_positions` runs the student without gradients before it trains: with delayed scaling",
     ),
     "fp8 without a GPU": (("precision.fp8=hybrid",), {}, "`precision.fp8` is 'hybrid': needs a GPU"),
     "teacher of no use": (
@@ -599,10 +623,19 @@ def test_similar_data_set_is_suggested(check: Check) -> None:
 
 
 def test_fp8_asks_this_machine(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: True)
+    monkeypatch.setattr(Card, "here", lambda: HOPPER)
+    monkeypatch.setattr(checks, "on_gpu", lambda: True)
     assert check("precision.fp8=hybrid", gpu=None) == []
-    monkeypatch.setattr("longred_megatron.recipe.checks.on_gpu", lambda: False)
+    assert len(check("precision={fp8: hybrid, fp8_recipe: mxfp8}", gpu=None)) == 1
+    monkeypatch.setattr(checks, "on_gpu", lambda: False)
     assert len(check("precision.fp8=hybrid", gpu=None)) == 1
+
+
+def test_fp32_has_no_fused_attention_on_a_gpu(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check("precision.params=fp32", gpu=None) == check("precision.params=fp32", gpu=True) == []  # a rehearsal
+    monkeypatch.setattr(checks, "on_gpu", lambda: True)
+    [problem] = check("precision.params=fp32", gpu=None)
+    assert problem.startswith("`precision.params` is 'fp32': there is no fused attention for it on a GPU")
 
 
 def test_what_the_rope_method_knows(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
