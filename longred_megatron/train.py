@@ -139,11 +139,30 @@ def _check(
     if is_main:
         _check_models(recipe, phases)
         print(phases_summary(phases, world_size))
+        _choose_attention(phases)
         padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
         for prefix, share in padding.items():
             print(f"packed {prefix}: {share:.2%} of its windows is padding")
         sys.stdout.flush()
     return recipe, phases, data
+
+
+def _choose_attention(phases: "Sequence[Phase]") -> None:
+    """Prints which attention Transformer Engine will take on this GPU; the first rank's stand for all.
+
+    Raises:
+        UserError: none takes what an objective needs.
+    """
+    from longred_megatron.device import on_gpu
+
+    if not on_gpu():
+        return
+    from longred_megatron.model.attention_backends import attention_choices, attention_problems
+
+    choices = list(dict.fromkeys(choice for phase in phases for choice in attention_choices(phase)))
+    if problems := attention_problems(choices):
+        raise UserError(*problems)
+    print("attention:", *choices, sep="\n  ")
 
 
 def _check_models(recipe: "Recipe", phases: "Sequence[Phase]") -> None:

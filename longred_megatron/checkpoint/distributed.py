@@ -35,6 +35,7 @@ from longred_megatron.files import (
     write_text,
 )
 from longred_megatron.model.chunk import ModelChunk
+from longred_megatron.model.fp8 import sharded_scales
 
 DESCRIPTION = "checkpoint.json"
 
@@ -97,6 +98,8 @@ class Saving:
                 begin_folder(path)
             torch.distributed.barrier()  # the world: nobody writes before the folder is there
             state, same_weights = _sharded_state(chunks, optimizer), chunks[0].pg_collection.dp_cp
+            if optimizer is not None:
+                state["fp8"] = sharded_scales(chunks)
             self._writing = tensor_files.Writing(self._partial, state, same_weights, copied=in_background)
         self._description = description | self._writing.values
         self._written: Future[_Written] | None = None
@@ -187,6 +190,9 @@ def load(path: Path, chunks: Sequence[ModelChunk], optimizer: MegatronOptimizer 
     values = read_description(path).optimizer
     state = _sharded_state(chunks, optimizer)
     try:
+        if optimizer is not None:  # a phase before may have trained without FP8; then the scales start here
+            there = tensor_files.read_index(path).state_dict_metadata
+            state["fp8"] = {key: scale for key, scale in sharded_scales(chunks).items() if key in there}
         loaded = tensor_files.read(path, state)
         for i, chunk in enumerate(chunks):
             lost = [n for n in chunk.load_state_dict(loaded[f"model{i}"], strict=False).missing_keys if _is_tensor(n)]

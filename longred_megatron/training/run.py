@@ -21,6 +21,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.files import write_text
 from longred_megatron.model.chunk import ModelChunk, build_chunks, padded_vocab_size
+from longred_megatron.model.fp8 import forget_models
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
@@ -87,7 +88,7 @@ def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: Process
     # Untied: Megatron would synchronise a tied head with the embedding of the first stage; this one is only read. Both
     # heads are cut alike, so that a tensor rank holds the same entries of both.
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
-    chunks = build_chunks(untied, parallel, recipe.precision, groups, vocab_rows=rows)
+    chunks = build_chunks(untied, parallel, recipe.precision.of_teacher(), groups, vocab_rows=rows)
     needs = phase.taught_by(hf).values()
     depth, keep_head = max(n.teacher_depth(teacher.num_layers) for n in needs), any(n.teacher_head for n in needs)
     for chunk in chunks:
@@ -121,6 +122,7 @@ def train(
                 watchdog.progress(f"building phase {phase.number}")
             run = None
             gc.collect()  # makes room: the parts of the former phase refer to each other
+            forget_models()
             run = build(phase, own_data, groups)
             if watchdog is None:  # not before: the weights may be missing or broken, and then nothing has been written
                 if rank == 0:
@@ -219,8 +221,9 @@ def _not_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> 
     saved = run_folder.checkpoints(folder)
     good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
     return UserError(
-        f"step {metrics['step']}: {what}; nothing of this step is saved, {good}. Lower optimizer.lr, use warm-up or "
-        "precision.params=fp32, or look at the step's data with debug.dump_microbatches=FOLDER, then start again"
+        f"step {metrics['step']}: {what}; nothing of this step is saved, {good}. Lower optimizer.lr, use warm-up, set "
+        "precision.fp8=null if it is on, or look at the step's data with debug.dump_microbatches=FOLDER, then start "
+        "again"
     )
 
 
