@@ -173,7 +173,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def check_output(output: Path) -> None:
+def check_output(output: Path, kind: str = KIND) -> None:
     """Raises `UserError` unless `output` can take a report without losing anything: new, empty, or the place
     of an earlier report."""
     try_output(output / RESULTS, "--output")
@@ -184,5 +184,5 @@ def check_output(output: Path) -> None:
         held = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else None
     except (ValueError, RecursionError, OSError):
         held = None
-    if not (isinstance(held, dict) and held.get("kind") == KIND):
+    if not (isinstance(held, dict) and held.get("kind") == kind):
         raise UserError(f"--output {output}: is not empty and holds no earlier report; give a new folder")

@@ -1,0 +1,184 @@
+"""Loss and hidden states with emulated FP8 against the model in bf16, by length of the text."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from longred_megatron.analysis.emulated_fp8 import Emulator
+from longred_megatron.analysis.page import Study
+from longred_megatron.data.sequences import IndexedSequences, check_tokens
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation.models import CHUNK_TOKENS, head_is_plain, read_facts, resolve_device
+from longred_megatron.evaluation.plots import MARKERS, MODEL_COLOURS, STYLE, svg_of
+from longred_megatron.evaluation.report import check_output
+from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
+from longred_megatron.families import read_architecture
+from longred_megatron.hugging_face import load_causal_model
+from longred_megatron.precision import Scaling
+
+KIND = "longred-megatron study of emulated FP8"
+WITH_ATTENTION = "+attention"
+RECIPES = (*get_args(Scaling), f"delayed{WITH_ATTENTION}")
+NOTE = (
+    "emulated: casts to E4M3 in the linear layers (+attention: in the attention core too), sums in fp32, forward "
+    "passes only. Not seen: the hardware's shorter sums, and E5M2 in the backward pass"
+)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Of one FP8 recipe at one length, over its windows; loss in nats a token.
+
+    hidden: |h - h_bf16| / |h_bf16|, Frobenius norms over all tokens, of each layer's output from 1 on.
+    """
+
+    recipe: str
+    length: int
+    num_windows: int
+    loss_bf16: float
+    loss: float
+    hidden: tuple[float, ...]
+
+    @property
+    def loss_gap(self) -> float:
+        return self.loss - self.loss_bf16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The flags of `tools/analyze.py fp8`."""
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder of the model")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder for results.json and the page"
+    )
+    parser.add_argument(
+        "--text", nargs="*", default=[], metavar="PATH",
+        help="text files or folders, or one prefix of tools/prepare_data.py; none: Python's standard library",
+    )  # fmt: skip
+    parser.add_argument("--lengths", nargs="+", default=[512, 2048], **number, help="tokens of a window (%(default)s)")
+    parser.add_argument("--windows", default=2, **number, help="windows of each length (%(default)s)")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all of them")
+    parser.add_argument("--seed", default=2024, **number, help="choice of the windows (%(default)s)")
+
+
+def study(options: Namespace) -> Study:
+    """Measures every recipe at every length, a window at a time.
+
+    Raises:
+        UserError: no model, no text, a length that is none, or an output that holds something else.
+    """
+    for key, values in (("lengths", options.lengths), ("windows", [options.windows])):
+        if wrong := [value for value in values if not (2 if key == "lengths" else 1) <= value <= 2**20]:
+            raise UserError(f"--{key} {wrong[0]}: must be {2 if key == 'lengths' else 1} to {2**20:,}")
+    read_facts(options.hf)
+    read_architecture(options.hf)  # refuses what the emulation does not know, as sliding windows
+    check_output(options.output, KIND)
+    windows = {length: _windows(options, length) for length in sorted(set(options.lengths))}
+    device = resolve_device("auto")
+    network = load_causal_model(options.hf, torch.bfloat16).to(device)
+    if not head_is_plain(network, device):
+        raise UserError(f"{options.hf}: its logits are not its head on the last hidden states; not supported here")
+    bar = tqdm(total=(1 + len(options.recipes)) * sum(map(len, windows.values())), unit="pass", disable=None)
+    gaps = [gap for tokens in windows.values() for gap in _gaps(network, tokens, options.recipes, bar)]
+    bar.close()
+    return Study(
+        KIND,
+        f"FP8, emulated: {options.hf.name}",
+        [NOTE + ".", f"Model {options.hf}, weights and all else in bf16; the same windows for every recipe."],
+        _table(gaps),
+        [_figure(gaps, "loss"), _figure(gaps, "hidden")],
+        {"emulated": NOTE, "hf": str(options.hf), "gaps": [asdict(gap) | {"loss_gap": gap.loss_gap} for gap in gaps]},
+    )
+
+
+def _windows(options: Namespace, length: int) -> Tensor:
+    """[windows, length] tokens."""
+    prefix = options.text[0] if len(options.text) == 1 else ""
+    if prefix and Path(f"{prefix}.idx").is_file():
+        check_tokens(prefix, read_architecture(options.hf).vocab_size)
+        sequences = IndexedSequences(prefix, length - 1, (options.seed,))
+        return torch.stack([torch.from_numpy(sequences[i]) for i in range(options.windows)])
+    source = text_source([Path(path) for path in options.text])
+    return cut_windows(source, load_encoder(options.hf), length, options.windows, options.seed).tokens
+
+
+@torch.inference_mode()
+def _gaps(network: Any, tokens: Tensor, recipes: Sequence[str], bar: Any) -> list[Gap]:
+    """The gaps of all recipes at one length; hidden states of two passes of one window exist at a time."""
+    count, length = tokens.shape
+    emulators = {recipe: _emulator(network, recipe) for recipe in recipes}
+    losses = dict.fromkeys(("bf16", *recipes), 0.0)
+    layers = network.config.num_hidden_layers
+    errors = {recipe: torch.zeros(layers, dtype=torch.float64) for recipe in recipes}
+    sizes = torch.zeros(layers, dtype=torch.float64)
+    for window in tokens.split(1):
+        plain, loss = _pass(network, window)
+        losses["bf16"] += loss / count
+        sizes += torch.tensor([x.float().square().sum().item() for x in plain], dtype=torch.float64)
+        bar.update()
+        for recipe, emulator in emulators.items():
+            with emulator.on():
+                states, loss = _pass(network, window)
+            losses[recipe] += loss / count
+            squares = [(a.float() - b.float()).square().sum().item() for a, b in zip(states, plain, strict=True)]
+            errors[recipe] += torch.tensor(squares, dtype=torch.float64)
+            bar.update()
+    return [
+        Gap(recipe, length, count, losses["bf16"], losses[recipe], tuple((errors[recipe] / sizes).sqrt().tolist()))
+        for recipe in recipes
+    ]
+
+
+def _emulator(network: Any, recipe: str) -> Emulator:
+    scaling: Any = recipe.removesuffix(WITH_ATTENTION)
+    return Emulator(network, scaling, attention=recipe.endswith(WITH_ATTENTION))
+
+
+def _pass(network: Any, window: Tensor) -> tuple[Sequence[Tensor], float]:
+    """Each layer's output (the last one's after the final norm), and the mean next-token loss of one window.
+
+    One pass, so that delayed scales see each window once; logits exist for some positions at a time.
+    """
+    window = window.to(network.device)
+    states = network.base_model(input_ids=window, use_cache=False, output_hidden_states=True).hidden_states[1:]
+    head, total = network.get_output_embeddings(), 0.0
+    pairs = zip(states[-1][0, :-1].split(CHUNK_TOKENS), window[0, 1:].split(CHUNK_TOKENS), strict=True)
+    for hidden, labels in pairs:
+        total += F.cross_entropy(head(hidden).float(), labels, reduction="sum").item()
+    return states, total / (window.shape[1] - 1)
+
+
+def _table(gaps: Sequence[Gap]) -> list[list[str]]:
+    rows = [["recipe", "tokens", "windows", "loss bf16", "emulated", "gap", "last layer's gap", "largest gap"]]
+    for gap in gaps:
+        losses = [f"{gap.loss_bf16:.4f}", f"{gap.loss:.4f}", f"{gap.loss_gap:+.4f}"]
+        hidden = [f"{gap.hidden[-1]:.4f}", f"{max(gap.hidden):.4f}"]
+        rows.append([gap.recipe, f"{gap.length:,}", str(gap.num_windows), *losses, *hidden])
+    return rows
+
+
+def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> str:
+    """The gap in the loss, or of the last layer's hidden states, over the length of the text."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for order, recipe in enumerate(dict.fromkeys(gap.recipe for gap in gaps)):
+            own = [gap for gap in gaps if gap.recipe == recipe]
+            values = [gap.loss_gap if what == "loss" else gap.hidden[-1] for gap in own]
+            style = {"color": MODEL_COLOURS[order], "marker": MARKERS[order], "label": recipe}
+            axes.plot([gap.length for gap in own], values, **style)
+        loss = "loss above bf16, nats a token (emulated FP8)"
+        axes.set_title(loss if what == "loss" else "last layer: |h - h bf16| / |h bf16| (emulated FP8)")
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens of the text")
+        axes.legend(frameon=False)
+        return svg_of(figure, what)
