@@ -1,5 +1,6 @@
 """One model chunk: which layers, which head, and what a frozen embedding leaves to the layers."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,3 +43,16 @@ def test_layers_learn_above_a_frozen_embedding(recompute: str, tmp_path: Path, g
     layers = dict(chunk.decoder.named_parameters())
     assert layers and all(p.grad is not None or p.main_grad.abs().sum() > 0 for p in layers.values())
     assert chunk.embedding.word_embeddings.weight.grad is None
+
+
+def test_selective_recomputation_is_of_the_mlps(tmp_path: Path, groups: ProcessGroupCollection) -> None:
+    """Attention's kernels keep no scores: to run them again would cost time and save nothing."""
+    run = build_run(make_workspace(tmp_path), groups, "training.recompute=selective")
+    calls: Counter[str] = Counter()
+    for layer in run.chunks[0].decoder.layers:
+        layer.mlp.linear_fc1.register_forward_hook(lambda *_: calls.update(["mlp"]))
+        layer.self_attention.core_attention.register_forward_hook(lambda *_: calls.update(["attention"]))
+    batch, *_ = run.data.step(1, 0, 1)
+    output, _ = run.chunks[0](batch.tokens, batch.student_positions)
+    output.square().sum().backward()
+    assert calls == {"mlp": 2 * run.student.num_layers, "attention": run.student.num_layers}

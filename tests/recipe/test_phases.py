@@ -302,3 +302,8 @@ def test_steps_is_short_for_training_steps(read: Callable[..., Recipe], problems
     assert phases_of(recipe)[1].training.recompute == "none"
     (problem,) = problems([{"steps": 3, "training": {"steps": 4}}])
     assert problem.startswith("`phases[0].steps` is short for `phases[0].training.steps`: give one of them")
+
+
+def test_phases_may_differ_in_fp8(read: Callable[..., Recipe]) -> None:
+    recipe = read([ABF, ABF | {"precision": {"fp8": "hybrid", "fp8_recipe": "delayed"}}])
+    assert [phase.precision.scaling for phase in phases_of(recipe)] == [None, "delayed"]

@@ -250,3 +250,21 @@ def test_memory_is_printed(summarise: Callable[..., str], memory: Callable[..., 
     text, expected = summarise(), memory()
     assert f"about {expected.total / GIB:.1f} GiB" in text
     assert f"{expected.optimizer / GIB:.2f} GiB (12 bytes x N / (data x context))" in text
+
+
+def test_memory_of_selective_recomputation(memory: Callable[..., Memory]) -> None:
+    kept = {how: memory(f"training.recompute={how}").activations for how in ("none", "selective", "full")}
+    mlps = 65536 * 3 * 14336 * 2  # gate, up and their product of every token, bf16
+    assert kept["none"] - kept["selective"] == 31 * mlps  # one layer's is recomputed at a time
+    assert kept["full"] < kept["selective"]
+
+
+def test_fp8_is_told(write: Callable[..., Path], values: dict[str, Any], architecture: Architecture) -> None:
+    def lines(precision: str) -> str:
+        recipe = load_recipe(write(values), [f"precision={precision}"])
+        return phases_summary([phase_of(recipe, architecture)], 1)
+
+    assert "FP8" not in lines("{fp8: null}")
+    assert "hybrid, tensorwise scaling: student; teachers in bf16" in lines("{fp8: hybrid}")
+    told = lines("{fp8: hybrid, fp8_attention: true, teacher_fp8: false}")
+    assert "hybrid, delayed scaling" in told and "issue 3248" in told

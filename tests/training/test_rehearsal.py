@@ -14,7 +14,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.families import read_architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import check_phases, dump_recipe, load_recipe, read_phases
+from longred_megatron.recipe import check_phases, dump_recipe, load_recipe, phases_of, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.rehearsal import Rehearsal, _write_model, shrink
 from longred_megatron.training.run import build
@@ -159,6 +159,15 @@ def test_a_small_model_of_every_family(name: str, tmp_path: Path) -> None:
     assert (small.family, small.num_layers) == (big.family, big.num_layers)
     assert (small.hidden_size, small.num_kv_heads, small.max_position_embeddings) == (48, 2, 32)
     assert small.num_attention_heads * big.num_kv_heads == big.num_attention_heads * small.num_kv_heads
+
+
+def test_a_rehearsal_of_fp8_phases_has_none_and_checks_them(tmp_path: Path) -> None:
+    phases = "phases=[{training: {steps: 4}}, {precision: {fp8: hybrid, fp8_recipe: delayed}, training: {steps: 4}}]"
+    rehearsal = shrunk("llama3_8b_32k_longred_c", tmp_path, phases)
+    assert {phase.precision.fp8 for phase in phases_of(rehearsal.recipe)} == {None}
+    assert any(change.startswith("precision.fp8: hybrid -> null") for change in rehearsal.changes)
+    with pytest.raises(UserError, match="FP8 products and attention take bf16"):
+        shrunk("llama3_8b_32k_longred_c", tmp_path, "precision={params: fp32, fp8: hybrid}")
 
 
 def test_what_is_kept_and_what_is_not(tmp_path: Path) -> None:
