@@ -1,6 +1,8 @@
 """These tests need processes of their own, where Transformer Engine is imported before Megatron is.
 
-`tests/test_gpu_path.py` starts them. By hand: `LONGRED_TE=stub .venv/bin/python -m pytest tests/gpu_path -n0`.
+`tests/test_gpu_path.py` starts them. By hand:
+
+    LONGRED_TE=stub PYTHONPATH=.:.venv/transformer-engine .venv/bin/python -m pytest -n0 tests/gpu_path/test_casts.py
 """
 
 import os
