@@ -7,38 +7,31 @@ queue.
 
 import json
 import logging
-import math
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.errors import UserError
-from longred_megatron.families import Architecture
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, load_recipe, phases_summary, read_phases
-from longred_megatron.settings import Mark, convert_marked
 from longred_megatron.training.metrics import memory
 from longred_megatron.training.microbatches import open_data
 from longred_megatron.training.run import PhaseRun, train
+from longred_megatron.training.small_copy import Sizes, small_copy, without_fp8
 
 MAX_RANKS = 16
 RANKS_WITH_TWO_REPLICAS = 8  # at most; larger worlds are rehearsed with one
 STEPS, STEPS_AFTER_RESUME = 2, 3
-SHORTEST_SEQUENCE = 8  # tokens
-HEAD_DIM = 8
-VOCABULARY = 256
+SIZES = Sizes(head_dim=8, shortest_sequence=8)
 
 
 @dataclass(frozen=True)
@@ -91,11 +84,8 @@ def rehearse(recipe: Recipe) -> None:
 
 
 def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
-    """Writes a small model, a small teacher and random texts to `folder`, and a recipe that trains them.
-
-    Kept: objectives, micro-batches, weights, layers, depth, pipeline and virtual pipeline, recompute, the ratio of
-    attention heads to key/value heads, which lengths are multiples of which.
-    """
+    """Writes a small model, a small teacher and random texts to `folder`, and a recipe that trains them: its
+    `small_copy`, on as many ranks as this machine can take."""
     parallel, changes = recipe.parallel, []
     while parallel.tensor * parallel.pipeline * parallel.context > MAX_RANKS:
         name = "tensor" if parallel.tensor > 2 else "context"
@@ -118,133 +108,18 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     if problems:
         raise UserError(*problems)
     changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
-
-    factor = min(_length_factor(phase) for phase in phases)  # powers of two
-    changes.append(f"all lengths and windows: divided by {factor}")
-    source = phases[0].source
-    models = {recipe.model.hf: source}
-    for phase in phases:
-        models |= phase.teachers
-    # One width for models of one width, which transformers takes for the heads of each.
-    multiple = math.lcm(*(_num_heads(architecture, parallel.tensor) for architecture in models.values()))
-    small = {
-        str(hf): _write_model(hf, each, _hidden_size(each, multiple), parallel.tensor, factor, folder / f"model-{i}")
-        for i, (hf, each) in enumerate(models.items())
-    }
-    width = f"{source.hidden_size} -> {_hidden_size(source, multiple)}"
-    changes.append(f"widths: hidden {width}, heads of {HEAD_DIM}, random weights")
-    longest = max(settings.sequence_length for phase in phases for settings in phase.recipe.objectives.values())
-    for i in range(max(len(blend) for phase in phases for blend in phase.recipe.data.values())):
-        _write_texts(folder / f"texts-{i}", longest // factor)
-    values = _shrunk(resized.model_dump(mode="json"), small, factor, folder)
-    if values["phases"]:
-        values["phases"] = [_shrunk(change, small, factor, folder) for change in values["phases"]]
-        for change in values["phases"][:-1]:
-            change["training"] = change.get("training", {}) | {"steps": 1}
-    changes += _fp8_changes(phases)
+    values, smaller = small_copy(resized, phases, folder, SIZES)
+    changes += smaller + _fp8_changes(phases)
+    without_fp8(values)
+    for change in (values["phases"] or ())[:-1]:
+        change["training"] = change.get("training", {}) | {"steps": 1}
     values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
-    values["debug"]["dump_microbatches"] = None
-    values["run"]["dir"] = str(folder / "run")
     return Rehearsal(Recipe.model_validate(values), ranks * replicas, changes)
 
 
 def _fp8_changes(phases: Sequence[Phase]) -> list[str]:
     kinds = dict.fromkeys(phase.recipe.precision.fp8 for phase in phases if phase.recipe.precision.fp8)
     return [f"precision.fp8: {kind} -> null, there is no GPU; its settings were checked" for kind in kinds]
-
-
-def _shrunk(values: dict[str, Any], models: dict[str, Path], factor: int, folder: Path) -> dict[str, Any]:
-    """A recipe's values, or a phase's changes, with the small models and texts of `folder`, lengths divided."""
-    changes: dict[Mark, Callable[[Any], Any]] = {
-        Mark.PATH: lambda path: str(models.get(path, path)),
-        Mark.TOKENS: lambda length: length and max(1, length // factor),
-        Mark.ENTRIES: lambda entries: entries and min(entries, VOCABULARY // 2),
-    }
-    for mark, change in changes.items():
-        values = convert_marked(values, Recipe, mark, change)
-    if isinstance(rope := values.get("model", {}).get("rope"), dict):
-        values["model"]["rope"] = _of_small_heads(rope)
-    for name, blend in values.get("data", {}).items():
-        values["data"][name] = blend and {str(folder / f"texts-{i}"): w for i, w in enumerate(blend.values())}
-    if "precision" in values:  # without FP8
-        values["precision"] = {key: value for key, value in values["precision"].items() if key == "params"}
-    if "warmup_steps" in values.get("optimizer", {}):
-        values["optimizer"]["warmup_steps"] = min(values["optimizer"]["warmup_steps"], 1)
-    return values
-
-
-def _length_factor(phase: Phase) -> int:
-    """The largest power of two by which every length can be divided."""
-    recipe, parallel = phase.recipe, phase.recipe.parallel
-    lengths = [settings.sequence_length for settings in recipe.objectives.values()]
-    windows = [recipe.model.max_position_embeddings, phase.source.max_position_embeddings]
-    windows += [teacher.max_position_embeddings for teacher in phase.teachers.values()]
-    tokens = recipe.step.tokens_per_microbatch
-
-    def fits(factor: int) -> bool:
-        whole = all(length % factor == 0 for length in (*lengths, *windows, tokens))
-        cut = all(
-            settings.whole_sequences or settings.sequence_length // factor % (2 * parallel.context) == 0
-            for settings in recipe.objectives.values()
-        )
-        split = tokens // factor % (parallel.context * parallel.tensor) == 0
-        return whole and cut and split and min(lengths) // factor >= SHORTEST_SEQUENCE
-
-    factor = 1
-    while fits(2 * factor):
-        factor *= 2
-    return factor
-
-
-def _num_heads(architecture: Architecture, tensor: int) -> int:
-    """One key/value head a tensor rank, and as many queries for each as the real model has."""
-    return tensor * (architecture.num_attention_heads // architecture.num_kv_heads)
-
-
-def _hidden_size(architecture: Architecture, multiple: int) -> int:
-    return multiple * -(-max(32, architecture.hidden_size // 64) // multiple)
-
-
-def _write_model(hf: Path, architecture: Architecture, hidden: int, tensor: int, factor: int, folder: Path) -> Path:
-    """A random model of the same family, depth and proportions, cut by `tensor` as the real one is."""
-    config = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
-    settings = config.to_dict() | {
-        "hidden_size": hidden,
-        "head_dim": HEAD_DIM,
-        "num_key_value_heads": tensor,
-        "num_attention_heads": _num_heads(architecture, tensor),
-        "intermediate_size": tensor * -(-hidden * architecture.intermediate_size // architecture.hidden_size // tensor),
-        "vocab_size": VOCABULARY + architecture.vocab_size % tensor,
-        "max_position_embeddings": architecture.max_position_embeddings // factor,
-        "rope_parameters": _divided(_of_small_heads(architecture.rope), factor),
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": None,
-        "dtype": "float32",
-    }
-    model = AutoModelForCausalLM.from_config(type(config)(**settings), dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
-
-
-def _divided(rope: dict[str, Any], factor: int) -> dict[str, Any]:
-    key = "original_max_position_embeddings"
-    return rope | ({key: max(1, rope[key] // factor)} if key in rope else {})
-
-
-def _of_small_heads(rope: dict[str, Any]) -> dict[str, Any]:
-    """A RoPE, of a model or a recipe, for heads of HEAD_DIM: its lists have a number for each pair of dims."""
-    pairs = range(HEAD_DIM // 2)
-    return {k: [v[i * len(v) // len(pairs)] for i in pairs] if isinstance(v, list) else v for k, v in rope.items()}
-
-
-def _write_texts(prefix: Path, longest: int) -> None:
-    """Random tokens: eight documents of half of `longest` to all of it."""
-    generator = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for length in generator.integers(longest // 2, longest + 1, size=8):
-        builder.add_document(generator.integers(0, VOCABULARY, size=length), [int(length)])
-    builder.finalize(f"{prefix}.idx")
 
 
 def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:

@@ -16,8 +16,9 @@ from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import check_phases, dump_recipe, load_recipe, phases_of, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
-from longred_megatron.training.rehearsal import Rehearsal, _write_model, shrink
+from longred_megatron.training.rehearsal import SIZES, Rehearsal, shrink
 from longred_megatron.training.run import build
+from longred_megatron.training.small_copy import write_model as write_small_model
 from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, write_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -152,7 +153,7 @@ def test_every_rank_of_every_recipe_is_built(tmp_path: Path) -> None:
 def test_a_small_model_of_every_family(name: str, tmp_path: Path) -> None:
     source = write_model(name, tmp_path / "source")
     big = read_architecture(source)
-    folder = _write_model(source, big, hidden=48, tensor=2, factor=2, folder=tmp_path / "small")
+    folder = write_small_model(source, big, 48, 2, 2, SIZES, tmp_path / "small")
     small = read_architecture(folder)
     with WeightFiles(folder) as files:
         files.check(small)
