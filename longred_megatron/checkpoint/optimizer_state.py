@@ -39,6 +39,15 @@ def sharded_state(optimizer: MegatronOptimizer, model_state: dict[str, Any]) -> 
     return {**hyperparameters, "tensors": tensors}
 
 
+def held_state(optimizer: MegatronOptimizer) -> dict[str, Tensor]:
+    """What this rank holds of each parameter, flat, as `param 0`, `exp_avg 0`, ...: its range of the fp32 weights and
+    of Adam's moments. Views; after the first step, or after a checkpoint was loaded."""
+    inner = _distributed(optimizer)
+    states = [inner._get_main_param_and_optimizer_states(parameter) for parameter in inner.model_param_gbuf_map]
+    names = ("param", *inner.optimizer_state_keys)
+    return {f"{name} {i}": state[name].detach().view(-1) for name in names for i, state in enumerate(states)}
+
+
 def load(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     """Takes over the number of steps; the tensors have been loaded in place.
 

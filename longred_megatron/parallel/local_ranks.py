@@ -67,7 +67,7 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
 
 
 def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
     def join(name: str) -> None:
@@ -79,7 +79,7 @@ def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None]
     function(join, *arguments)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Waits for the end of the process that called `run_ranks`, even by `kill -9`, and ends this one at once."""
     parent = multiprocessing.parent_process()
     assert parent is not None

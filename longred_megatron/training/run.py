@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep
 from longred_megatron.training.watchdog import Watchdog
 
+LoadWeights = Callable[[Sequence[ModelChunk], Path, Architecture, ProcessGroupCollection], None]
+
 
 @dataclass
 class PhaseRun:
@@ -59,14 +61,19 @@ def extended_architecture(phase: Phase) -> Architecture:
     return replace(phase.source, rope=method.extended(known), max_position_embeddings=window)
 
 
-def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) -> PhaseRun:
-    """Builds student, teachers and optimizer, with their initial weights."""
+def build(
+    phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection, load: LoadWeights = huggingface.load_weights
+) -> PhaseRun:
+    """Builds student, teachers and optimizer, with their initial weights.
+
+    load: writes the weights of a model's folder into its chunks.
+    """
     recipe = phase.recipe
     student = extended_architecture(phase)
     chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
-    huggingface.load_weights(chunks, recipe.model.hf, student, groups)
+    load(chunks, recipe.model.hf, student, groups)
     train_only(recipe.training.trainable, chunks, student)
-    teachers = {hf: build_teacher(phase, hf, student, groups) for hf in phase.teachers}
+    teachers = {hf: build_teacher(phase, hf, student, groups, load) for hf in phase.teachers}
 
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
     reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
@@ -77,7 +84,9 @@ def build(phase: Phase, data: MicroBatchSource, groups: ProcessGroupCollection) 
     )
 
 
-def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection) -> list[ModelChunk]:
+def build_teacher(
+    phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection, load: LoadWeights
+) -> list[ModelChunk]:
     """A frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
     objective needs of it, with a head where one does.
 
@@ -94,7 +103,7 @@ def build_teacher(phase: Phase, hf: Path, student: Architecture, groups: Process
     for chunk in chunks:
         chunk.truncate(depth, keep_head)
         chunk.eval().requires_grad_(False)
-    huggingface.load_weights(chunks, hf, teacher, groups)
+    load(chunks, hf, teacher, groups)
     return chunks
 
 
