@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import TYPE_CHECKING, NoReturn
 
 from longred_megatron.device import force_cpu
 from longred_megatron.errors import UserError, report_beside, run_cli
+from longred_megatron.parallel.world import world
 
 if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, and --help needs neither
     from longred_megatron.recipe import Phase, Recipe
     from longred_megatron.training.microbatches import MicroBatchSource
 
-_NUMBERS = {"RANK": "[0-9]{1,7}", "WORLD_SIZE": "[1-9][0-9]{0,6}", "MASTER_PORT": "[1-9][0-9]{0,4}"}
-_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _EXAMPLES = """examples:
   python -m longred_megatron.train recipes/tiny_longred_c.yaml
   torchrun --nproc-per-node 8 -m longred_megatron.train recipes/llama3_8b_32k_longred_c.yaml
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "config.json is needed; starts its ranks itself, writes nothing that stays",
     )
     options = parser.parse_intermixed_args(arguments)
-    rank, world_size = _world(os.environ)
+    rank, world_size = world(os.environ)
     is_main = rank == 0
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
@@ -86,29 +84,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # After a failure the other ranks are in collectives, for which NCCL would wait before it left the world.
             if world_size == 1 or sys.exception() is None:
                 destroy()
-
-
-def _world(environment: Mapping[str, str]) -> tuple[int, int]:
-    """This process's rank and the number of ranks, as torchrun says them; (0, 1) without it.
-
-    Raises:
-        UserError: not numbers, or some of what torchrun sets is missing.
-    """
-    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    missing = [name for name in _LAUNCHER if name not in environment]
-    wrong = [
-        f"{name}={environment[name]!r}"
-        for name in _LAUNCHER
-        if name in environment and name != "MASTER_ADDR" and not re.fullmatch(_NUMBERS[name], environment[name])
-    ]
-    if missing or wrong:
-        said = [*wrong, *(f"no {name}" for name in missing)]
-        raise UserError(f"the environment has {', '.join(said)}: start ranks with torchrun, which sets all of these")
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if rank >= world_size:
-        raise UserError(f"the environment has RANK={rank}, WORLD_SIZE={world_size}: ranks are numbered from 0")
-    return rank, world_size
 
 
 def _check(

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from longred_megatron.errors import UserError, report_beside, run_cli
+from longred_megatron.parallel.world import world
 
 EXAMPLES = """examples:
   # on the machines and with the layout of the run to come
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--output", type=Path, metavar="DIR", help="folder for the page and the numbers (rank 0 writes)"
     )
     options = parser.parse_intermixed_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = world(os.environ)[0] == 0
     try:
         healthy = _examine(options, shlex.join(["tools/doctor.py", *arguments]), is_main)
     except UserError:

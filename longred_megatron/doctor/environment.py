@@ -18,6 +18,7 @@ from longred_megatron.doctor.findings import Finding, not_tried
 from longred_megatron.doctor.patient import Patient
 from longred_megatron.doctor.team import Report
 from longred_megatron.errors import plain
+from longred_megatron.recipe import Recipe, read_phases
 from longred_megatron.recipe.summary import OPTIMIZER_BYTES, PARAMETER_BYTES
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "longred-megatron")
@@ -40,6 +41,9 @@ def check(patient: Patient) -> Iterator[Finding]:
     ranks = patient.team.run(describe, seconds=SECONDS)
     yield versions(ranks)
     yield from devices(ranks) if on_gpu() else [_no_gpu(ranks)]
+    if on_gpu():
+        [choices] = patient.team.run(attention, patient.recipe, seconds=SECONDS, alone=True)
+        yield _attention(choices)
     yield _disk(patient)
 
 
@@ -101,6 +105,23 @@ def _nvidia_smi(device: str) -> dict[str, str]:
         return {}
     values = [value.strip() for value in line.split(",")]
     return dict(zip(SMI, values, strict=True)) if len(values) == len(SMI) else {}
+
+
+def attention(report: Report, recipe: Recipe) -> list[tuple[str, bool]]:
+    """What Transformer Engine's attention does with each objective's calls, in words; and whether it takes them."""
+    from longred_megatron.model.attention_backends import attention_choices  # needs Transformer Engine
+
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    choices = dict.fromkeys(choice for phase in read_phases(recipe) for choice in attention_choices(phase))
+    return [(str(choice), choice.backend is not None) for choice in choices]
+
+
+def _attention(choices: Sequence[tuple[str, bool]]) -> Finding:
+    text = "; ".join(what for what, _ in choices)
+    if all(taken for _, taken in choices):
+        return Finding("attention backends", "ok", text)
+    change = "NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 makes Transformer Engine print why; use bf16, and another cuDNN"
+    return Finding("attention backends", "wrong", text, change)
 
 
 def versions(ranks: Sequence[dict[str, Any]]) -> Finding:

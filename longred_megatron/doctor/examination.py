@@ -1,12 +1,13 @@
 """Runs every check on the ranks that there are, and says what they found."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,8 +18,9 @@ from longred_megatron.doctor.patient import Patient
 from longred_megatron.doctor.team import Team
 from longred_megatron.errors import UserError
 from longred_megatron.files import try_output
-from longred_megatron.recipe import Recipe, check_phases, dump_recipe, read_phases
-from longred_megatron.training.small_copy import Sizes, small_copy
+from longred_megatron.parallel.world import world
+from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, read_phases
+from longred_megatron.training.small_copy import Sizes, small_copy, without_fp8
 
 SECONDS = 600.0  # for everything
 STEPS = 6  # of the small copy: three before its checkpoint and three after it
@@ -55,29 +57,32 @@ def examine(recipe: Recipe, tell: Callable[[str], None]) -> list[Section]:
         UserError: the recipe cannot run on these ranks, or run.dir cannot be written.
     """
     disable_progress_bar()  # transformers', for models of no size
-    phases, team = read_phases(recipe), Team(SECONDS)
+    phases, (_, size) = read_phases(recipe), world(os.environ)
     # What needs a GPU is said to be not tried without one.
-    if problems := check_phases(phases, team.size, gpu=True):
+    if problems := check_phases(phases, size, gpu=None if on_gpu() else True):
         ranks = recipe.parallel.tensor * recipe.parallel.pipeline * recipe.parallel.context
-        if team.size % ranks:
+        if size % ranks:
             problems.append(f"start it with torchrun --nproc-per-node {ranks} tools/doctor.py, or more nodes of fewer")
         raise UserError(*problems)
-    _all_on_one_device(team)
-    if team.rank == 0:
-        try_output(recipe.run.dir, "run.dir")
-    sections = []
-    with tempfile.TemporaryDirectory(prefix="doctor-") as temporary, _beside(recipe.run.dir, team) as shared:
+    with tempfile.TemporaryDirectory(prefix="doctor-") as temporary:
         folder = Path(temporary)
-        small = _write_small(recipe, folder)
-        patient = Patient(recipe, phases, small, team, folder, shared)
-        for title, check in CHECKS.items():
-            if team.rank == 0:
-                tell(f"{title} ...")
-            sections.append(Section(title, _tried(title, check, patient)))
-            if team.rank == 0:
-                for finding in sections[-1].findings:
-                    tell(line_of(finding))
-    return sections
+        small = _write_small(recipe, phases, folder)  # before the ranks meet: then transformers lets one of them write
+        team = Team(SECONDS)
+        _all_on_one_device(team)
+        with _beside(recipe.run.dir, team) as shared:
+            return list(_sections(Patient(recipe, phases, small, team, folder, shared), tell))
+
+
+def _sections(patient: Patient, tell: Callable[[str], None]) -> Iterator[Section]:
+    is_main = patient.team.rank == 0
+    for title, check in CHECKS.items():
+        if is_main:
+            tell(f"{title} ...")
+        section = Section(title, _tried(title, check, patient))
+        if is_main:
+            for finding in section.findings:
+                tell(line_of(finding))
+        yield section
 
 
 def line_of(finding: Finding) -> str:
@@ -128,6 +133,8 @@ def _all_on_one_device(team: Team) -> None:
 @contextmanager
 def _beside(run: Path, team: Team) -> Iterator[Path]:
     """A new folder on the disk of run.dir, the same path on every rank. Removed at the end."""
+    if team.rank == 0:
+        try_output(run, "run.dir")
     parent = next(folder for folder in run.absolute().parents if folder.is_dir())
     path = Path(team.first(tempfile.mkdtemp(prefix=".doctor-", dir=parent) if team.rank == 0 else None))
     try:
@@ -137,23 +144,23 @@ def _beside(run: Path, team: Team) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_small(recipe: Recipe, folder: Path) -> dict[str, Path]:
+def _write_small(recipe: Recipe, phases: Sequence[Phase], folder: Path) -> dict[str, Path]:
     """The small copy's recipes in `folder`, by the number format that they compute in; see `Patient.small`.
 
     Each rank writes the same bytes, so that no two of them need a disk in common.
     """
-    values, _ = small_copy(recipe, read_phases(recipe), folder, GPU_SIZES if on_gpu() else CPU_SIZES)
-    for change in values["phases"] or ():
-        change["training"] = change.get("training", {}) | {"steps": STEPS}
-    values["training"] |= {"steps": STEPS}
-    plain: dict[str, Any] = {"fp8": None, "fp8_attention": False}
+    with_fp8, _ = small_copy(recipe, phases, folder, GPU_SIZES if on_gpu() else CPU_SIZES)
+    for each in (with_fp8, *(with_fp8["phases"] or ())):
+        each["training"] = each.get("training", {}) | {"steps": STEPS}
+    plain = deepcopy(with_fp8)
+    without_fp8(plain)
     if not on_gpu():
-        formats = {"fp32": {"params": "fp32"} | plain}
-    else:
-        formats = {recipe.precision.params: plain} | ({"fp8": {}} if recipe.precision.fp8 else {})
+        plain["precision"]["params"] = "fp32"
+    formats = {plain["precision"]["params"]: plain}
+    if on_gpu() and any(phase.recipe.precision.fp8 for phase in phases):
+        formats["fp8"] = with_fp8
     paths = {}
-    for name, precision in formats.items():
+    for name, values in formats.items():
         paths[name] = folder / f"{name}.yaml"
-        own = Recipe.model_validate(values | {"precision": values["precision"] | precision})
-        paths[name].write_text(dump_recipe(own), encoding="utf-8")
+        paths[name].write_text(dump_recipe(Recipe.model_validate(values)), encoding="utf-8")
     return paths

@@ -26,8 +26,9 @@ from longred_megatron.doctor.patient import Patient
 from longred_megatron.doctor.plain import plain_step
 from longred_megatron.doctor.team import Report
 from longred_megatron.layout import Parallel
+from longred_megatron.model.fp8 import forget_models
 from longred_megatron.parallel.groups import initialize
-from longred_megatron.recipe import Phase, Recipe, load_recipe, read_phases
+from longred_megatron.recipe import Phase, load_recipe, read_phases
 from longred_megatron.training.metrics import LossReducer
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.optimizer import set_hyperparameters
@@ -57,8 +58,6 @@ def check(patient: Patient) -> Iterator[Finding]:
             yield judge(subject, found["layout"], found["limits"], LAYOUT)
         else:
             yield not_tried("the layout against one rank", "there is one rank")
-        if on_gpu():
-            yield _backend(found["attention"], name)
     for name, why in patient.untried_formats().items():
         yield not_tried(f"losses and gradients in {name}", why)
 
@@ -79,6 +78,7 @@ def in_the_layout(report: Report, small: Path, output: Path) -> None:
     groups = initialize(recipe.parallel, recipe.training.seed)
     for phase in read_phases(recipe):
         report(f"phase {phase.number} in the layout")
+        forget_models()
         losses, gradients = two_steps(build(phase, MicroBatchSource(phase), groups))
         if torch.distributed.get_rank() == 0:
             output.mkdir(exist_ok=True)
@@ -91,18 +91,18 @@ def on_one_rank(report: Report, small: Path, layout: Path, compare: bool) -> dic
     """One rank against transformers; and what `in_the_layout` wrote against one rank.
 
     Returns:
-        one, layout: the relative differences by name. limits: what each may be. attention: the backend that ran.
+        one, layout: the relative differences by name. limits: what each may be.
     """
     recipe = load_recipe(small)
     alone = recipe.model_copy(update={"parallel": Parallel()})
     groups = initialize(Parallel(), recipe.training.seed, alone=True)
-    found: dict[str, Any] = {"one": {}, "layout": {}, "limits": {}, "attention": None}
+    found: dict[str, Any] = {"one": {}, "layout": {}, "limits": {}}
     for phase in read_phases(alone):
         report(f"phase {phase.number} on one rank")
+        forget_models()
         run = build(phase, MicroBatchSource(phase), groups)
         microbatches = run.data.step(1, 0, 1)
         losses, gradients = two_steps(run)
-        found["attention"] = _attention_backend()
         report(f"phase {phase.number} in transformers")
         # fp64 would be the better reference for fp32, but 1e-5 does not ask for it.
         expected = plain_step(phase, run.student, microbatches, groups, torch.float32)
@@ -114,7 +114,7 @@ def on_one_rank(report: Report, small: Path, layout: Path, compare: bool) -> dic
         own = differences((losses, gradients), expected)
         found["one"] |= {prefix + name: value for name, value in own.items()}
         names = [*own, *(name for name in losses if name not in own)]
-        limits = _limits(names, control, recipe)
+        limits = _limits(names, control, phase)
         found["limits"] |= {prefix + name: value for name, value in limits.items()}
         if compare:
             theirs = load_file(_file(layout, phase))
@@ -186,11 +186,11 @@ def differences(ours: tuple[Numbers, Mapping[str, Tensor]], expected: tuple[Numb
     return found
 
 
-def _limits(names: list[str], control: Numbers, recipe: Recipe) -> Numbers:
+def _limits(names: list[str], control: Numbers, phase: Phase) -> Numbers:
     """What each difference may be, see the module."""
     if not control:
         return dict.fromkeys(names, FP32_ON_CPU)
-    factor = FP8_ROUNDING if recipe.precision.fp8 else ROUNDING
+    factor = FP8_ROUNDING if phase.recipe.precision.fp8 else ROUNDING
     usual = {
         is_gradient: statistics.median(v for n, v in control.items() if n.startswith(GRADIENT) == is_gradient)
         for is_gradient in (False, True)
@@ -215,31 +215,3 @@ def judge(name: str, found: Numbers, limits: Numbers, change: str) -> Finding:
 
 def _file(folder: Path, phase: Phase) -> Path:
     return folder / f"phase-{phase.number}.safetensors"
-
-
-def _attention_backend() -> dict[str, Any] | None:
-    """What Transformer Engine's attention chose at its last call; None where it cannot be asked, or on a CPU."""
-    if not on_gpu():
-        return None
-    try:
-        from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as engine
-
-        return {name: str(value) for name, value in engine._attention_backends.items() if name != "attention_params"}
-    except (ImportError, AttributeError):  # it has moved before
-        return None
-
-
-def _backend(chosen: dict[str, Any] | None, name: str) -> Finding:
-    if chosen is None:
-        return not_tried(f"attention backend, {name}", "this Transformer Engine does not tell which one it chose")
-    for kind in ("flash", "fused"):
-        if chosen.get(f"use_{kind}_attention") == "True":
-            backend = chosen.get(f"{kind}_attention_backend")
-            return Finding(f"attention backend, {name}", "ok", f"{kind} ({backend})", numbers=chosen)
-    return Finding(
-        f"attention backend, {name}",
-        "wrong",
-        "Transformer Engine takes its unfused attention, whose memory grows with the square of the sequence",
-        "use bf16 parameters and a cuDNN that it can use (NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why not)",
-        chosen,
-    )

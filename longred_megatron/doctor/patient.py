@@ -35,6 +35,6 @@ class Patient:
         if on_gpu():
             return {}
         wanted: list[str] = [self.recipe.precision.params] if self.recipe.precision.params != "fp32" else []
-        if self.recipe.precision.fp8:
+        if any(phase.recipe.precision.fp8 for phase in self.phases):
             wanted.append("fp8")
         return dict.fromkeys(wanted, "no GPU is used: on the CPU everything is compared in fp32")

@@ -27,6 +27,7 @@ from longred_megatron.device import on_gpu
 from longred_megatron.doctor.findings import Finding, not_tried
 from longred_megatron.doctor.patient import Patient
 from longred_megatron.doctor.team import Report
+from longred_megatron.model.fp8 import forget_models
 from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.parallel.groups import initialize
 from longred_megatron.recipe import load_recipe, read_phases
@@ -84,15 +85,17 @@ def probe(report: Report, small: Path) -> dict[str, Any]:
     found: list[Seen] = []
     skipped: dict[str, str] = {}
     for phase in read_phases(recipe):
+        forget_models()
+        fp8_attention = phase.recipe.precision.fp8_attention
         run = build(phase, MicroBatchSource(phase), groups)
         microbatches = run.data.step(1, groups.dp.rank(), groups.dp.size())
         for cut, ways, why in _ways(microbatches, groups.cp.size()):
             skipped |= why
-            if recipe.precision.fp8_attention:
+            if fp8_attention:
                 skipped["document borders"] = "FP8 attention does not train on packed documents"
             report(f"phase {phase.number}, {cut}")
             found += _leaks(run, ways, cut)
-            if not recipe.precision.fp8_attention:
+            if not fp8_attention:
                 packs = [replace(m, documents=[_documents(m.tokens.shape[1])] * len(m.tokens)) for m in ways]
                 found += _leaks(run, packs, cut, own_documents=True)
     return {"seen": [asdict(each) for each in found], "skipped": skipped}

@@ -28,7 +28,7 @@ from longred_megatron.training.flops import step_flops
 from longred_megatron.training.metrics import LossReducer, memory, peak_flops
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import build
-from longred_megatron.training.small_copy import write_texts
+from longred_megatron.training.small_copy import without_fp8, write_texts
 
 STEPS = 2  # the first one also compiles, allocates and connects
 LONGEST_SECONDS = {True: 180.0, False: 60.0}  # of both steps, on a GPU and on a CPU
@@ -116,7 +116,7 @@ def _on_random_texts(patient: Patient, phase: Phase) -> Path:
             {"data": {name: blend and {str(folder / "texts"): 1.0} for name, blend in data.items()}} if data else {}
         )
     if not on_gpu():
-        values["precision"] |= {"fp8": None, "fp8_attention": False}
+        without_fp8(values)
     values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
     path = folder / "recipe.yaml"
@@ -132,7 +132,9 @@ def train(report: Report, path: Path, number: int) -> dict[str, Any]:
     groups = initialize(recipe.parallel, recipe.training.seed)
     report("building the models")
     run = build(phase, MicroBatchSource(phase), groups, random_weights)
-    reduce_losses, seconds, losses = LossReducer(phase.recipe.objectives, groups), [], {}
+    reduce_losses, fp8 = LossReducer(phase.recipe.objectives, groups), phase.recipe.precision.fp8 is not None
+    seconds: list[float] = []
+    losses: dict[str, float] = {}
     for step in range(1, STEPS + 1):
         report(f"step {step}")
         microbatches = run.data.step(step, groups.dp.rank(), groups.dp.size())
@@ -141,7 +143,7 @@ def train(report: Report, path: Path, number: int) -> dict[str, Any]:
         losses = reduce_losses(microbatches, result.terms)  # waits for the device
         seconds.append(time.perf_counter() - started)
     [peak] = memory().values()
-    return {"losses": losses, "seconds": seconds, "bytes": peak - before, "peak_flops": peak_flops()}
+    return {"losses": losses, "seconds": seconds, "bytes": peak - before, "peak_flops": peak_flops(fp8)}
 
 
 def random_weights(

@@ -14,8 +14,9 @@ import pytest
 
 from longred_megatron.checkpoint.distributed import read_description
 from longred_megatron.errors import UserError
+from longred_megatron.parallel.world import world
 from longred_megatron.recipe import dump_recipe, load_recipe
-from longred_megatron.train import _world, main
+from longred_megatron.train import main
 from longred_megatron.training.run_folder import check_run_folder, checkpoint_path
 from longred_megatron.training.run_lock import LOCK, RunLock
 from tests.training.workspace import make_workspace, read_metrics
@@ -190,9 +191,9 @@ WORLDS = (
 @pytest.mark.parametrize(("environment", "message"), WORLDS)
 def test_an_environment_that_torchrun_did_not_make_is_named(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        _world(environment)
+        world(environment)
 
 
 def test_worlds_are_torchruns_or_one_process() -> None:
-    assert _world(TORCHRUN) == (1, 2)
-    assert _world({}) == _world({"WORLD_SIZE": "1"}) == (0, 1)
+    assert world(TORCHRUN) == (1, 2)
+    assert world({}) == world({"WORLD_SIZE": "1"}) == (0, 1)
