@@ -89,7 +89,7 @@ class Emulator:
         """Within it, the network computes so; after it, as before."""
         before = self._config._attn_implementation
         for module, forward in self._forwards:
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward  # type: ignore[assignment, method-assign]
         if self._attention:
             ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
             self._config._attn_implementation = ATTENTION

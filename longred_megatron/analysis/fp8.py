@@ -174,7 +174,7 @@ def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> str:
         for order, recipe in enumerate(dict.fromkeys(gap.recipe for gap in gaps)):
             own = [gap for gap in gaps if gap.recipe == recipe]
             values = [gap.loss_gap if what == "loss" else gap.hidden[-1] for gap in own]
-            style = {"color": MODEL_COLOURS[order], "marker": MARKERS[order], "label": recipe}
+            style: dict[str, Any] = {"color": MODEL_COLOURS[order], "marker": MARKERS[order], "label": recipe}
             axes.plot([gap.length for gap in own], values, **style)
         loss = "loss above bf16, nats a token (emulated FP8)"
         axes.set_title(loss if what == "loss" else "last layer: |h - h bf16| / |h bf16| (emulated FP8)")
