@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts chaos hostile study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -35,6 +35,9 @@ demo: setup ## the main job on the CPU, small and real
 
 layouts: setup ## the table of layouts against one process, up to 8 ranks (5 minutes)
 	$(PYTHON_IN_VENV) -m tests.layouts.table
+
+gpu-check: setup ## models of the GPU path constructed with the compiled Transformer Engine, where it is installed
+	LONGRED_TE=compiled $(PYTHON_IN_VENV) -m pytest tests/gpu_path -n0
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos

@@ -18,6 +18,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from tests.layouts.table import CHANGES, SIZES
 from tests.training.workspace import build_run, make_workspace
 
+pytestmark = install.needs_plain_kernels
 RECIPES = {
     "delayed": recipe.DelayedScaling(amax_history_len=4),
     "tensorwise": recipe.Float8CurrentScaling(),

@@ -1,6 +1,6 @@
 """Fused Adam's state in checkpoints, over Transformer Engine and across machines."""
 
-from tests.gpu_path import ranks
+from tests.gpu_path import install, ranks
 
 # isort: split
 
@@ -13,6 +13,7 @@ from tests.layouts.ranks import Case
 from tests.layouts.table import CHANGES, SIZES
 from tests.training.workspace import make_workspace
 
+pytestmark = install.needs_plain_kernels
 TOLERANCE = 1e-5
 
 

@@ -1,6 +1,6 @@
 """Every keyword and import that Megatron and the project hand to Transformer Engine is there: an upgrade shows."""
 
-from tests.gpu_path import install  # noqa: F401
+from tests.gpu_path import install
 
 # isort: split
 
@@ -13,6 +13,7 @@ import pytest
 from transformer_engine.pytorch import DotProductAttention, Linear
 
 import longred_megatron
+from tests.gpu_path.compiled import NAME, enums, functions
 from tests.gpu_path.handed import Handed, keywords, missing_imports, tree_of, unknown
 
 MEGATRON = (
@@ -77,3 +78,11 @@ def test_a_dropped_keyword_is_seen(
     kept = [p for name, p in inspect.signature(function).parameters.items() if name != keyword]
     monkeypatch.setattr(function, "__signature__", inspect.Signature(kept), raising=False)
     assert unknown_keywords(modules) - OLD_KEYWORDS == {Handed(f"{owner.__name__}.{method}", keyword)}
+
+
+@pytest.mark.skipif(not install.COMPILED, reason="needs the compiled Transformer Engine (make gpu-check)")
+def test_the_compiled_module_has_what_its_stand_in_has() -> None:
+    compiled = importlib.import_module(NAME)
+    assert {name for name in functions() if not hasattr(compiled, name)} == set()
+    for name, enum in enums().items():
+        assert set(enum.__members__) <= set(getattr(compiled, name).__members__), name

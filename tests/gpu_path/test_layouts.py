@@ -1,6 +1,6 @@
 """Whole steps over Transformer Engine, in layouts, equal one rank on the CPU path: losses, gradients, updates."""
 
-from tests.gpu_path import ranks
+from tests.gpu_path import install, ranks
 
 # isort: split
 
@@ -12,6 +12,7 @@ from tests.gpu_path.references import run_on_cpu
 from tests.layouts.ranks import Outcome
 from tests.layouts.table import Layout, cases, workspaces
 
+pytestmark = install.needs_plain_kernels
 TOLERANCE = 1e-5
 LAYOUTS = (
     Layout(1, {}),

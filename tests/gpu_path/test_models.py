@@ -25,6 +25,7 @@ from tests.checkpoint.small_models import MODELS, write_model
 from tests.training.test_rehearsal import RECIPES, shrunk
 
 
+@install.needs_plain_kernels
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_transformers(name: str, tmp_path: Path, groups: ProcessGroupCollection) -> None:
     source = write_model(name, tmp_path / "source")
