@@ -43,6 +43,7 @@ def _answer_as_a_gpu() -> None:
         "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_properties": lambda device=None: properties,
         "is_current_stream_capturing": lambda: False,
+        "Event": type("Event", (cpu_shim._InertStream,), {"elapsed_time": lambda self, end: 0.0}),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)

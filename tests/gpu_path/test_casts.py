@@ -53,9 +53,9 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     precision = {"params": "bf16", "fp8": "hybrid"}
     run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
-    microbatches = run.data.step(1, 0, 1)
-    install.calls.clear()
-    run.train_step._teacher_passes([run.train_step._cut(m) for m in microbatches])
-    assert install.calls["generic_gemm"] > 0 and install.calls["quantize"] == 0
-    run.train_step.forward_backward(microbatches)
-    assert install.calls["quantize"] > 0
+    casts: list[int] = []
+    for chunk in (chunk for chunks in run.train_step.teachers.values() for chunk in chunks):
+        chunk.register_forward_pre_hook(lambda *_: casts.append(-install.calls["quantize"]))
+        chunk.register_forward_hook(lambda *_: casts.append(install.calls["quantize"]))
+    run.train_step.forward_backward(run.data.step(1, 0, 1))
+    assert casts and sum(casts) == 0 < install.calls["quantize"]

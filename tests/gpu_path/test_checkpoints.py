@@ -31,10 +31,7 @@ def test_three_steps_and_three_are_six(tmp_path: Path) -> None:
         assert max(outcomes[case.name].difference(outcomes["whole"].last(3)).values()) < TOLERANCE, case.name
 
 
-OPEN = pytest.mark.xfail(reason="torch's AdamW lacks keys of fused Adam's groups; issue 11, item 5")
-
-
-@pytest.mark.parametrize("to_gpu", [pytest.param(True, marks=OPEN, id="to a GPU"), pytest.param(False, id="to a CPU")])
+@pytest.mark.parametrize("to_gpu", [True, False], ids=["to a GPU", "to a CPU"])
 def test_a_run_goes_on_on_the_other_machine(to_gpu: bool, tmp_path: Path) -> None:
     first, second = (run_on_cpu, ranks.run_all) if to_gpu else (ranks.run_all, run_on_cpu)
     recipe = make_workspace(tmp_path / "workspace", "llama_3", SIZES, **CHANGES)
