@@ -121,11 +121,11 @@ def _ways(microbatches: Sequence[MicroBatch], context: int) -> Iterator[tuple[st
 
 
 def _documents(length: int) -> list[int]:
-    """Three documents or, of a short sequence, as many as there are: of lengths that no block of a kernel has."""
-    first = max(1, length // 3 - 1)
-    second = max(1, min(length - first, length // 2 - 1))
-    rest = length - first - second
-    return [size for size in (first, second, rest) if size > 0]
+    """Three documents, of lengths that no block of a kernel has and of two tokens at least; fewer where so many tokens
+    are not there."""
+    first = min(length, max(2, length // 3 - 1))
+    second = min(length - first, max(2, length // 2 - 1))
+    return [size for size in (first, second, length - first - second) if size > 0]
 
 
 def _leaks(run: PhaseRun, microbatches: list[MicroBatch], cut: str, own_documents: bool = False) -> list[Seen]:

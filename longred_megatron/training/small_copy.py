@@ -16,7 +16,7 @@ from longred_megatron.recipe import Phase, Recipe
 from longred_megatron.settings import Mark, convert_marked
 
 VOCABULARY = 256
-DRIFT = 0.3  # of a weight's own size: how far the student is from a teacher that starts from the same model
+DRIFT = 0.3  # of a weight's own size: how far the student is from a teacher of its sizes
 
 
 @dataclass(frozen=True)
@@ -36,41 +36,36 @@ def small_copy(recipe: Recipe, phases: Sequence[Phase], folder: Path, sizes: Siz
     """Writes small models and random texts to `folder`: the same bytes at every call.
 
     Kept: objectives, micro-batches, weights, layers, depth, layout, recompute, the ratio of attention heads to
-    key/value heads, which lengths are multiples of which. Of models only config.json is read. A student whose teacher
-    is the model that it starts from gets weights near the teacher's: where they are equal, so is what the losses
-    compare, and gradients are noise.
+    key/value heads, which lengths are multiples of which. Of models only config.json is read. A student of its
+    teacher's sizes has weights near the teacher's, and not the same: of equal hidden states a loss is noise.
 
     Returns:
         The values of a recipe that trains the copy, and what was changed, each a line.
     """
-    tensor = recipe.parallel.tensor
+    tensor, source = recipe.parallel.tensor, phases[0].source
     factor = min(_length_factor(phase, sizes.shortest_sequence) for phase in phases)  # powers of two
-    source = phases[0].source
-    models = {recipe.model.hf: source}
-    for phase in phases:
-        models |= phase.teachers
+    teachers = {hf: teacher for phase in phases for hf, teacher in phase.teachers.items()}
     # One width for models of one width, which transformers takes for the heads of each.
-    multiple = math.lcm(sizes.multiple, *(_num_heads(architecture, tensor) for architecture in models.values()))
-    small = {
-        str(hf): write_model(hf, each, _hidden_size(each, multiple), tensor, factor, sizes, folder / f"model-{i}")
-        for i, (hf, each) in enumerate(models.items())
-    }
+    heads = (_num_heads(architecture, tensor) for architecture in (source, *teachers.values()))
+    multiple = math.lcm(sizes.multiple, *heads)
+    hidden = _hidden_size(source, multiple)
+    student = write_model(recipe.model.hf, source, hidden, tensor, factor, sizes, folder / "student", DRIFT)
+    small = {str(recipe.model.hf): student}
+    for i, (hf, each) in enumerate(teachers.items()):
+        own = _hidden_size(each, multiple)
+        small[str(hf)] = write_model(hf, each, own, tensor, factor, sizes, folder / f"teacher-{i}")
     longest = max(settings.sequence_length for phase in phases for settings in phase.recipe.objectives.values())
     for i in range(max(len(blend) for phase in phases for blend in phase.recipe.data.values())):
         write_texts(folder / f"texts-{i}", longest // factor, VOCABULARY)
     values = _shrunk(recipe.model_dump(mode="json"), small, factor, sizes.head_dim, folder)
-    if any(recipe.model.hf in phase.teachers for phase in phases):
-        hidden = _hidden_size(source, multiple)
-        student = write_model(recipe.model.hf, source, hidden, tensor, factor, sizes, folder / "student", DRIFT)
-        values["model"]["hf"] = str(student)
+    values["model"]["hf"] = str(student)
     if values["phases"]:
         values["phases"] = [_shrunk(change, small, factor, sizes.head_dim, folder) for change in values["phases"]]
     values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
-    width = f"{source.hidden_size} -> {_hidden_size(source, multiple)}"
     return values, [
         f"all lengths and windows: divided by {factor}",
-        f"widths: hidden {width}, heads of {sizes.head_dim}, random weights",
+        f"widths: hidden {source.hidden_size} -> {hidden}, heads of {sizes.head_dim}, random weights",
     ]
 
 
