@@ -82,7 +82,7 @@ def run_cli(main: Callable[[], None], leave: Callable[[Any], NoReturn] = sys.exi
     if message:
         with suppress(OSError, ValueError):  # nobody reads, or it is closed
             print(message, file=sys.stderr, flush=True)
-        _repeat_below_torchrun(message)
+        repeat_below_torchrun(message)
     if not _stdout_takes():  # or the interpreter tries once more, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     leave(code)
@@ -221,7 +221,7 @@ def _stdout_takes() -> bool:
     return True
 
 
-def _repeat_below_torchrun(message: str) -> None:
+def repeat_below_torchrun(message: str) -> None:
     """torchrun prints a page of its own when a rank fails: a small process, which ends with it, has the last word."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         with suppress(OSError):  # the message was printed once

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from longred_megatron.errors import UserError, report_beside, run_cli
+from longred_megatron.errors import UserError, repeat_below_torchrun, report_beside, run_cli
 from longred_megatron.parallel.world import world
 
 EXAMPLES = """examples:
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _examine(options: argparse.Namespace, command: str, is_main: bool) -> bool:
-    from longred_megatron.doctor.examination import examine, is_healthy, verdict  # takes seconds
+    from longred_megatron.doctor.examination import examine, is_healthy, leave, verdict  # takes seconds
     from longred_megatron.doctor.page import write
     from longred_megatron.files import try_output
     from longred_megatron.recipe import load_recipe
@@ -70,7 +70,11 @@ def _examine(options: argparse.Namespace, command: str, is_main: bool) -> bool:
         if options.output:
             write(options.output, sections, recipe, command, seconds)
             print(f"\n{options.output / 'doctor.html'} has all of it")
-        print(f"\n{verdict(sections)} ({seconds:.0f} s)", flush=True)
+        last_word = f"{verdict(sections)} ({seconds:.0f} s)"
+        print(f"\n{last_word}", flush=True)
+        if not is_healthy(sections):
+            repeat_below_torchrun(last_word)
+    leave()  # torchrun ends all ranks when the first one ends with a fault
     return is_healthy(sections)
 
 

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers.utils.logging import disable_progress_bar
 
 from longred_megatron.device import on_gpu
@@ -83,6 +84,13 @@ def _sections(patient: Patient, tell: Callable[[str], None]) -> Iterator[Section
             for finding in section.findings:
                 tell(line_of(finding))
         yield section
+
+
+def leave() -> None:
+    """Leaves the world when every rank, the one that writes the page too, has come here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the world
+        torch.distributed.destroy_process_group()
 
 
 def line_of(finding: Finding) -> str:

@@ -11,7 +11,8 @@ if __name__ == "__main__":
 
 from tests.doctor import faults
 
-ExitStack().enter_context(getattr(faults, os.environ["DOCTOR_FAULT"])())
+FAULT = ExitStack()  # a name, or the fault would end at once
+FAULT.enter_context(getattr(faults, os.environ["DOCTOR_FAULT"])())
 
 if __name__ == "__main__":
     from tools.doctor import main
