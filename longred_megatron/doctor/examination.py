@@ -1,5 +1,6 @@
 """Runs every check on the ranks that there are, and says what they found."""
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -58,6 +59,7 @@ def examine(recipe: Recipe, tell: Callable[[str], None]) -> list[Section]:
         UserError: the recipe cannot run on these ranks, or run.dir cannot be written.
     """
     disable_progress_bar()  # transformers', for models of no size
+    multiprocessing.set_forkserver_preload([__name__])  # the checks' imports are paid for once, see `Team`
     phases, (_, size) = read_phases(recipe), world(os.environ)
     # What needs a GPU is said to be not tried without one.
     if problems := check_phases(phases, size, gpu=None if on_gpu() else True):

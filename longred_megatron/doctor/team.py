@@ -149,7 +149,6 @@ class _Process:
     ) -> None:
         # Forked from a process that has imported everything: seconds a check. With a GPU, that one would hold it.
         context: Any = multiprocessing.get_context("spawn" if on_gpu() else "forkserver")
-        multiprocessing.set_forkserver_preload([function.__module__])
         handle, log = tempfile.mkstemp(".txt", "doctor-")
         os.close(handle)
         self._log, self.place = Path(log), ""
