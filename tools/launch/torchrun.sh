@@ -10,14 +10,17 @@
 # PORT       a free port on it (default 29500)
 # RANKS      ranks on each machine (default: its GPUs, or 1 without any)
 # PYTHON     interpreter with the project installed (default: .venv's, or python)
+# INTERFACE  network interface over which the ranks talk (default: NCCL and gloo choose)
 #
 # Whatever follows goes to the training command: overrides such as training.steps=100, or --help.
 # The environment is checked first, over all ranks: tools/launch/check_environment.py.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
+# shellcheck source=tools/launch/environment.sh
+. "$root/tools/launch/environment.sh"
 
 if [ $# -eq 0 ]; then
-    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 if [ -z "${PYTHON:-}" ]; then
