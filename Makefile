@@ -3,9 +3,10 @@
 PYTHON_IN_VENV := .venv/bin/python
 # Multi-rank tests start several processes each, so more workers than this would only wait for each other.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
+SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh tests/docker/*.sh tools/*.sh tools/launch/*.sh tools/launch/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile docker-check study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -19,11 +20,13 @@ test: setup ## every test
 coverage: setup ## every test, and the lines of longred_megatron that none of them runs
 	$(PYTHON_IN_VENV) -m pytest $(PYTEST_FLAGS) --cov=longred_megatron
 
-lint: setup ## what CI checks besides the tests: ruff and mypy
+lint: setup ## what CI checks besides the tests: ruff, mypy, shellcheck, hadolint
 	@failed=0; \
 	$(PYTHON_IN_VENV) -m ruff check . || failed=1; \
 	$(PYTHON_IN_VENV) -m ruff format --check . || failed=1; \
 	$(PYTHON_IN_VENV) -m mypy || failed=1; \
+	.venv/bin/shellcheck --external-sources $(SHELL_SCRIPTS) || failed=1; \
+	.venv/bin/hadolint docker/Dockerfile.* || failed=1; \
 	exit $$failed
 
 format: setup ## rewrites the code in the project's format
@@ -44,6 +47,9 @@ chaos: setup ## kills a run 20 times at random; it must end with the same bits (
 
 hostile: setup ## every command on damaged, insane and malicious input, by class (5 minutes)
 	$(PYTHON_IN_VENV) -m tests.hostile
+
+docker-check: setup ## builds the CPU image and runs it; the variables in tests/docker/test_images.py name bases (10 minutes)
+	LONGRED_DOCKER_BASE=$${LONGRED_DOCKER_BASE-python:3.12-slim} $(PYTHON_IN_VENV) -m pytest --capture=no tests/docker
 
 study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)
 	$(PYTHON_IN_VENV) tools/study_packed.py
