@@ -60,9 +60,13 @@ def build(file: str, base: str, tag: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def engine() -> None:
+def asked() -> None:
     if "LONGRED_DOCKER_BASE" not in os.environ:
-        pytest.skip("images are built by `make docker-check` only: they take gigabytes")
+        pytest.skip("only in `make docker-check`: it reaches the network, and takes gigabytes")
+
+
+@pytest.fixture(scope="session")
+def engine(asked: None) -> None:
     if shutil.which("docker") is None or docker("version", check=False).returncode:
         pytest.skip("no Docker engine answers")
 
@@ -270,7 +274,7 @@ def test_compiled_parts_of_the_gpu_image_load(gpu: str) -> None:
     assert done.stdout.splitlines()[-1].endswith(".so True")
 
 
-def test_extras_bring_nothing_that_is_not_pinned(engine: None, tmp_path: Path) -> None:
+def test_extras_bring_nothing_that_is_not_pinned(asked: None, tmp_path: Path) -> None:
     """Asks the package index, as every build does; of Transformer Engine's binding only the metadata is made."""
     report = tmp_path / "report.json"
     flags = ["--dry-run", "--ignore-installed", "--quiet", "--no-build-isolation", "--report", report]
