@@ -19,8 +19,9 @@ from longred_megatron.errors import UserError
 
 def training_command(recipe: Path | str, num_ranks: int) -> list[str]:
     """The words of `torchrun ... -m longred_megatron.train RECIPE` for `num_ranks` ranks here, by this interpreter."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    return [sys.executable, *torchrun, "-m", "longred_megatron.train", str(recipe)]
+    # Ranks of one machine need no name of it, and not every machine's own name leads to it.
+    here = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={num_ranks}"]
+    return [sys.executable, "-m", "torch.distributed.run", *here, "-m", "longred_megatron.train", str(recipe)]
 
 
 def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:
