@@ -6,10 +6,9 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import numpy as np
@@ -67,62 +66,97 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Tokens]:
 def _encoded_by_workers(
     chunks: Iterator[list[Document]], tokenizer_path: Path, workers: int
 ) -> Generator[tuple[list[Tokens], int], None, None]:
-    # Spawned, not forked: tokenizers keep threads, which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    # Nothing is ever sent: workers see this end of the pipe closed when this process is killed.
-    life_of_parent, life = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(workers, context, initializer=_live_with_parent, initargs=(life_of_parent,))
-    others = set(multiprocessing.active_children())
+    processes = _Processes(tokenizer_path, workers)
+    pool = ThreadPoolExecutor(workers)  # a thread for each process, to wait for it
     # A window of our own: the executor's `map` would read all documents at once.
     window: deque[tuple[Future[list[Tokens]], int]] = deque()
     try:
         for chunk in chunks:
-            window.append((_submitted(pool, tokenizer_path, _texts(chunk)), _num_bytes(chunk)))
+            window.append((pool.submit(processes.encode, _texts(chunk)), _num_bytes(chunk)))
             if len(window) == workers * CHUNKS_IN_FLIGHT_PER_WORKER:
                 future, num_bytes = window.popleft()
                 yield future.result(), num_bytes
         for future, num_bytes in window:
             yield future.result(), num_bytes
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"one of {workers} tokenizing processes was ended, most likely for want of memory; lower --workers"
-        ) from error
     finally:
-        for process in set(multiprocessing.active_children()) - others:
-            process.kill()  # in the middle of a text, or of its imports: who asks for an end shall not wait
-        # In the middle of a result, too. The executor waits for the rest of it as long as anybody could write it, which
-        # this process could: its own end of that pipe is never used.
-        pool._result_queue._writer.close()  # type: ignore[attr-defined]
+        processes.kill()  # in the middle of a text, or of its imports: who asks for an end shall not wait
         pool.shutdown(cancel_futures=True)
-        life.close()
-        life_of_parent.close()
 
 
-def _submitted(pool: ProcessPoolExecutor, tokenizer_path: Path, texts: list[str]) -> Future[list[Tokens]]:
-    # Processes are started here, and keep the mask: Ctrl-C, which reaches all of the terminal's, is the parent's.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_encode_in_worker, tokenizer_path, texts)
-    except OSError as error:
-        raise UserError(f"a tokenizing process cannot be started ({reason(error)}); lower --workers") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+class _Processes:
+    """Encode texts, one process for each thread that asks.
+
+    Each has a pipe of its own. With one for all, as executors have, a process that is killed in the middle of a result
+    leaves half of it in the others' way.
+    """
+
+    def __init__(self, tokenizer_path: Path, number: int) -> None:
+        # Spawned, not forked: tokenizers keep threads, which a fork would break.
+        self._context = multiprocessing.get_context("spawn")
+        self._tokenizer_path, self._number = tokenizer_path, number
+        self._of_thread = threading.local()
+        self._lock = threading.Lock()
+        self._all: list[SpawnProcess] | None = []  # None: no more are started
+
+    def encode(self, texts: list[str]) -> list[Tokens]:
+        """Raises UserError where the process cannot be started, was killed, or found a mistake."""
+        if not hasattr(self._of_thread, "pipe"):
+            self._of_thread.pipe = self._start()
+        try:
+            self._of_thread.pipe.send(texts)
+            result: list[Tokens] | Exception = self._of_thread.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise UserError(
+                f"one of {self._number} tokenizing processes was ended, most likely for want of memory; lower --workers"
+            ) from error
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def kill(self) -> None:
+        with self._lock:
+            started, self._all = self._all or [], None
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
+
+    def _start(self) -> Connection:
+        own, its = self._context.Pipe()
+        with self._lock:
+            if self._all is None:
+                raise CancelledError
+            process = self._context.Process(target=_serve, args=(its, self._tokenizer_path), daemon=True)
+            # A process keeps the mask that it was started with: Ctrl-C, which reaches all of the terminal's, is for
+            # this one.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            except OSError as error:
+                raise UserError(f"a tokenizing process cannot be started ({reason(error)}); lower --workers") from error
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._all.append(process)
+        its.close()  # when the process is gone, nobody can write: the end of the pipe is seen here
+        return own
 
 
-def _live_with_parent(life: Connection) -> None:
-    """Ends this process when the parent is gone, whatever runs here."""
+def _serve(pipe: Connection, tokenizer_path: Path) -> None:
+    """Answers lists of texts with their tokens, or with the exception that came of it, as long as the parent lives."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    tokenizer: Tokenizer | None = None
+    while True:
+        texts = pipe.recv()
+        try:
+            tokenizer = tokenizer or load_tokenizer(tokenizer_path)
+            pipe.send(_encode(tokenizer, texts))
+        except Exception as error:
+            pipe.send(error)
 
-    def wait() -> None:
-        life.poll(None)
-        os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _encode_in_worker(tokenizer_path: Path, texts: list[str]) -> list[Tokens]:
-    return _encode(_worker_tokenizer(tokenizer_path), texts)
-
-
-@lru_cache
-def _worker_tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)  # once a process
+def _end_with_parent() -> None:
+    """Whatever runs in the other threads."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

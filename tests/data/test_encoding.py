@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from longred_megatron.data import encoding
 from longred_megatron.data.documents import Document
 from longred_megatron.data.encoding import encoded
 from longred_megatron.data.tokenizer import load_tokenizer
@@ -24,6 +25,7 @@ import threading
 from itertools import repeat
 from multiprocessing import active_children
 from pathlib import Path
+from longred_megatron.data import encoding
 from longred_megatron.data.documents import Document
 from longred_megatron.data.encoding import encoded
 from longred_megatron.data.tokenizer import load_tokenizer
@@ -66,6 +68,24 @@ def test_no_process_is_left(tmp_path, sentencepiece_model, number):
         assert parent.stderr.read().count("Traceback (most") <= 1
 
 
+def test_documents_are_read_as_they_are_needed(monkeypatch, sentencepiece_model):
+    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 1)
+    read = 0
+
+    def documents():
+        nonlocal read
+        while read < 30:
+            read += 1
+            yield Document("some words", 1)
+
+    in_flight = 2 * encoding.CHUNKS_IN_FLIGHT_PER_WORKER
+    most = [
+        read - taken
+        for taken, _ in enumerate(encoded(documents(), load_tokenizer(sentencepiece_model), sentencepiece_model, 2))
+    ]
+    assert len(most) == 30 and max(most) == in_flight
+
+
 def test_closing_ends_the_processes_in_the_middle(sentencepiece_model):
     text = Document("some words of a text " * 200, 1)
     chunks = encoded(repeat(text), load_tokenizer(sentencepiece_model), sentencepiece_model, workers=2)
@@ -97,9 +117,22 @@ def test_a_mistake_that_a_process_finds_is_one_message(tmp_path, sentencepiece_m
 
 def test_a_process_that_is_killed_is_one_message(sentencepiece_model):
     text = Document("some words of a text " * 200, 1)
-    chunks = encoded(repeat(text), load_tokenizer(sentencepiece_model), sentencepiece_model, workers=2)
-    next(chunks)
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(UserError, match="one of 2 tokenizing processes was ended, most likely for want of memory"):
-        list(chunks)
+    for number in (1, 10, 10, 10):  # more processes than cores: each time some are about to write
+        chunks = encoded(repeat(text), load_tokenizer(sentencepiece_model), sentencepiece_model, workers=10)
+        for _ in range(3):
+            next(chunks)
+        for child in multiprocessing.active_children()[:number]:
+            child.kill()
+        raised = []
+
+        def go_on(chunks=chunks, raised=raised):
+            try:
+                list(chunks)
+            except UserError as error:
+                raised.append(str(error))
+
+        going = threading.Thread(target=go_on, daemon=True)
+        going.start()
+        going.join(30)
+        [message] = raised
+        assert "one of 10 tokenizing processes was ended, most likely for want of memory" in message

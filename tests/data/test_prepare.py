@@ -1,7 +1,6 @@
 import errno
 import hashlib
 import json
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -85,38 +84,6 @@ def test_workers_change_nothing(tmp_path, monkeypatch, jsonl, sentencepiece_mode
     prepare([jsonl], sentencepiece_model, tmp_path / "one")
     prepare([jsonl], sentencepiece_model, tmp_path / "two", workers=2)
     assert digests_of(tmp_path / "one") == digests_of(tmp_path / "two")
-
-
-def test_few_chunks_are_under_way_at_once(tmp_path, monkeypatch, jsonl, sentencepiece_model):
-    """Documents are read as they are needed, not all at the start."""
-
-    class Pool:
-        def __init__(self, *_args, **_settings):
-            self.waiting, self.most = 0, 0
-            self._result_queue = multiprocessing.SimpleQueue()  # as the executor has one
-            pools.append(self)
-
-        def submit(self, function, *arguments):
-            self.waiting += 1
-            self.most = max(self.most, self.waiting)
-            return Ready(self, function(*arguments))
-
-        def shutdown(self, cancel_futures):
-            assert cancel_futures
-
-    class Ready:
-        def __init__(self, pool, value):
-            self.pool, self.value = pool, value
-
-        def result(self):
-            self.pool.waiting -= 1
-            return self.value
-
-    pools: list[Pool] = []
-    monkeypatch.setattr(encoding, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 1)
-    report = prepare([jsonl], sentencepiece_model, tmp_path / "set", workers=2)
-    assert report.documents_kept > 2 * encoding.CHUNKS_IN_FLIGHT_PER_WORKER == pools[0].most
 
 
 def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path, monkeypatch, jsonl, sentencepiece_model):
