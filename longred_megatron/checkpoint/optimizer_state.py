@@ -55,7 +55,8 @@ def load(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
     torch's, on a CPU, and Transformer Engine's have other keys, and neither can step with the other's.
     """
     inner = _distributed(optimizer)
-    [step] = {int(group["step"]) for group in loaded["optimizer"]["param_groups"]}
+    # Transformer Engine's has no number before its first step.
+    [step] = {int(group.get("step", 0)) for group in loaded["optimizer"]["param_groups"]}
     own = inner.state_dict()
     for group in own["optimizer"]["param_groups"]:
         group["step"] = step
