@@ -16,8 +16,9 @@ from transformer_engine.pytorch import DotProductAttention, LayerNormLinear, Lin
 from longred_megatron.checkpoint.huggingface import load_weights
 from longred_megatron.checkpoint.verification import verify
 from longred_megatron.families import read_architecture
-from longred_megatron.layout import Parallel, Precision
+from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import ModelChunk, build_chunks
+from longred_megatron.precision import Precision
 from longred_megatron.recipe import dump_recipe, load_recipe, read_phases
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import build
