@@ -23,7 +23,8 @@ FAMILIES: dict[str, "Family"] = {}
 class LayerActivations(NamedTuple):
     """Elements that one layer keeps of a token for the backward pass.
 
-    `whole`: on every tensor rank (under sequence parallelism, of its tokens); `split`: over the tensor ranks.
+    `whole`: on every tensor rank (under sequence parallelism, of its tokens); `split`: over the tensor ranks; `mlp`:
+    of `split`, what lies inside the MLP.
     """
 
     whole: int
@@ -119,7 +120,7 @@ class Architecture:
         """Input and output of each norm over the hidden size; what a product split by its output gives (queries, keys,
         values, gate, up), and what one split by its input takes (attention's output, the MLP's product).
 
-        Attention scores are never kept (fused attention). mlp: what of `split` lies inside the MLP.
+        Attention scores are never kept (fused attention).
         """
         wide = (self.hidden_size,)
         num_norms = sum(rule.part == "norm" and wide in rule.huggingface.values() for rule in self.layer_rules())

@@ -98,7 +98,8 @@ def test_activations_are_what_products_and_norms_keep(model, tmp_path):
     """Inputs and outputs of both norms; queries, keys, values and attention's output; gate, up and their product."""
     a = read(model, tmp_path)
     attention = (2 * a.num_attention_heads + 2 * a.num_kv_heads) * a.head_dim
-    assert a.layer_activations() == (4 * a.hidden_size, attention + 3 * a.intermediate_size)
+    mlp = 3 * a.intermediate_size
+    assert a.layer_activations() == (4 * a.hidden_size, attention + mlp, mlp)
 
 
 def test_checkpoints_of_before_the_newer_fields_load(architecture):
