@@ -21,6 +21,9 @@ class Parallel(Settings):
     )
     context: NumRanks = Field(1, description="ranks that share each micro-batch's tokens")
     sequence: bool = Field(False, description="Megatron's sequence parallelism; needs tensor > 1")
+    overlap_param_gather: bool = Field(
+        False, description="data-parallel ranks exchange updated weights while the next step begins; not tried on GPUs"
+    )
 
     @model_validator(mode="before")
     @classmethod

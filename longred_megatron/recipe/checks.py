@@ -181,6 +181,11 @@ def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"start {multiples(world_size, ranks)} ranks or change `parallel`"
         )
         return
+    if parallel.overlap_param_gather and world_size == parallel.tensor * parallel.pipeline:
+        yield (
+            "`parallel.overlap_param_gather` is true: has no effect, since no other rank has the same weights; set it "
+            "to false, or start more ranks"
+        )
     replicas, microbatches = world_size // ranks, recipe.num_microbatches
     sizes = " + ".join(f"{name} {settings.microbatches}" for name, settings in recipe.objectives.items())
     if microbatches % replicas:

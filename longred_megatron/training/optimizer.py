@@ -40,18 +40,21 @@ def train_only(parts: Collection[Part] | None, chunks: Sequence[ModelChunk], arc
 
 
 def data_parallel(
-    chunks: Sequence[ModelChunk], groups: ProcessGroupCollection, overlap: bool
+    chunks: Sequence[ModelChunk], groups: ProcessGroupCollection, overlap: bool, overlap_param_gather: bool = False
 ) -> list[DistributedDataParallel]:
     """Wraps the student's chunks so that gradients are averaged over the data- and context-parallel ranks.
 
     overlap: reduce gradients while the last micro-batch's backward pass runs; needs that micro-batch to touch every
     parameter on every replica.
+    overlap_param_gather: the optimizer's step leaves a rank with the new values of its own share of the weights alone,
+    until `start_gather` and `finish_gather`.
     """
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=overlap,
-        overlap_param_gather=False,
+        overlap_param_gather=overlap_param_gather,
+        align_param_gather=overlap_param_gather,  # no module starts the next one's: `start_gather` has started all
     )
     chunks = [DistributedDataParallel(s.config, config, s, pg_collection=groups) for s in chunks]
     for chunk in chunks:
@@ -59,6 +62,32 @@ def data_parallel(
         if overlap:
             chunk.config.no_sync_func = [c.no_sync for c in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return chunks
+
+
+def start_gather(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Starts to gather the weights that the last step has updated, over the data- and context-parallel ranks.
+
+    A module's forward pass waits for its own: Megatron's hooks see to that. Nothing without `overlap_param_gather`: the
+    optimizer's step has done it.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # In the order of the forward pass, and all of them here: modules that some replicas pass over, as a head
+            # that a loss does not need, would start them in different orders.
+            for bucket_group in reversed(chunk.bucket_groups):
+                if not bucket_group.param_gather_dispatched:
+                    bucket_group.start_param_sync()
+
+
+def finish_gather(chunk: DistributedDataParallel, weight: torch.nn.Parameter | None = None) -> None:
+    """Waits for one weight, to be read outside of its module's forward pass; None: for all of the chunk's."""
+    if not chunk.ddp_config.overlap_param_gather:
+        return
+    waited = chunk.bucket_groups
+    if weight is not None:  # a frozen one is in none
+        waited = [chunk.param_to_bucket_group[weight]] if weight in chunk.param_to_bucket_group else []
+    for bucket_group in waited:
+        bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def build_optimizer(

@@ -77,7 +77,7 @@ def build(
 
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
     reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
-    wrapped = data_parallel(chunks, groups, overlap=on_gpu() and reach_all)
+    wrapped = data_parallel(chunks, groups, on_gpu() and reach_all, recipe.parallel.overlap_param_gather)
     optimizer = build_optimizer(recipe.optimizer, recipe.precision, wrapped)
     return PhaseRun(
         phase, student, data, groups, chunks, optimizer, TrainStep(phase, wrapped, teachers, optimizer, groups)
@@ -172,8 +172,10 @@ def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: in
                 writer.write(metrics)
             is_last = step == phase.last_step
             if is_last or step % whole.training.checkpoint_every_steps == 0:
+                run.train_step.finish()
                 saver.save(step, run.chunks, run.student, run.optimizer, is_last)
             if signal := stop.agreed():  # after the save: the next phase would not know of a signal before it
+                run.train_step.finish()
                 saver.save(step, run.chunks, run.student, run.optimizer, is_last=True)
                 raise SystemExit(128 + signal)
 

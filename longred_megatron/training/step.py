@@ -20,6 +20,7 @@ from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.recipe import Phase
 from longred_megatron.training.losses import chunk_terms
 from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.optimizer import finish_gather, start_gather
 from longred_megatron.training.stopwatch import Stopwatch
 
 Targets = list[dict[Tap, Tensor]]  # per micro-batch: {the teacher's tap: its value}
@@ -51,12 +52,18 @@ class TrainStep:
         grad_norm = float(grad_norm)  # waits for the device, which the stopwatch needs
         return StepResult(terms, grad_norm, teachers.seconds())
 
+    def finish(self) -> None:
+        """After a step, before the student's weights are read: all ranks have all of them."""
+        for chunk in self.student:
+            finish_gather(chunk)
+
     def forward_backward(self, microbatches: Sequence[MicroBatch]) -> tuple[list[list[Term]], Stopwatch]:
         """Leaves the step's reduced gradients in `main_grad`; returns the terms and the teachers' time.
 
         Args:
             microbatches: this replica's, whole; cut here for this rank of the context axis.
         """
+        start_gather(self.student)
         local = [self._cut(m) for m in microbatches]
         teachers = Stopwatch()
         # With one stage the student's pass asks the teachers: just before it needs what they say.
@@ -168,6 +175,8 @@ class TrainStep:
                 microbatch.documents,
                 microbatch.student_length,
             )
+            if chunk.post_process:
+                finish_gather(wrapped, chunk.head_weight())  # a loss reads it
             last = teacher[-1] if teacher else None
             terms = chunk_terms(chunk, last, microbatch, needs, output, values, targets[i], self.groups)
             if wrapped is self.student[-1]:

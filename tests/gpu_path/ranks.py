@@ -5,9 +5,12 @@ from tests.gpu_path import install  # noqa: F401
 # isort: split
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.training import optimizer
 from tests.layouts import ranks
 from tests.layouts.ranks import Case, Outcome
 
@@ -20,4 +23,7 @@ def run_all(cases: Sequence[Case], folder: Path) -> Mapping[str, Outcome]:
 
 
 def _rank(join: Callable[[str], None], cases: Sequence[Case], folder: Path) -> None:
-    ranks._rank(join, cases, folder)
+    # Several buckets, as real models have: each is reduced, and gathered, for itself.
+    config = partial(optimizer.DistributedDataParallelConfig, bucket_size=5_000)
+    with patch.object(optimizer, "DistributedDataParallelConfig", config):
+        ranks._rank(join, cases, folder)

@@ -31,10 +31,13 @@ LAYOUTS = (
     Layout(2, {"context": 2}, model="masked", recompute="full"),
     Layout(2, {"context": 2}, model="masked", whole_sequences=True),
     Layout(2, {"context": 2}, model="kinds"),
+    Layout(2, {"overlap_param_gather": True}),
+    Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_param_gather": True}, model="tied"),
     Layout(4, {"context": 4}),
     Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full"),
     Layout(4, {"pipeline": 2, "context": 2}, recompute="full"),
 )
+FAULTS = (Layout(2, {"overlap_param_gather": True}, sabotage="head_not_gathered"),)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Out
     recipes = workspaces(folder)
     (folder / "cpu").mkdir()
     references = run_on_cpu(cases((layout.reference for layout in LAYOUTS), recipes), folder / "cpu")
-    return ranks.run_all(cases(LAYOUTS, recipes), folder), references
+    return ranks.run_all(cases((*LAYOUTS, *FAULTS), recipes), folder), references
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
@@ -52,3 +55,10 @@ def test_a_step_is_that_of_the_cpu_path(layout: Layout, outcomes: tuple[Mapping[
     over_transformer_engine, on_cpu = outcomes
     difference = over_transformer_engine[layout.name].difference(on_cpu[layout.reference.name])
     assert max(difference.values()) < TOLERANCE, difference
+
+
+@pytest.mark.parametrize("layout", FAULTS, ids=lambda layout: str(layout.sabotage))
+def test_faults_are_seen(layout: Layout, outcomes: tuple[Mapping[str, Outcome], ...]) -> None:
+    over_transformer_engine, on_cpu = outcomes
+    difference = over_transformer_engine[layout.name].difference(on_cpu[layout.reference.name])
+    assert max(difference.values()) > 100 * TOLERANCE, difference

@@ -111,6 +111,8 @@ def _train(case: Case, output: Path) -> None:
         result = run.train_step(microbatches)
         losses = reduce_losses(microbatches, result.terms)
         metrics.append(losses | {"grad_norm": result.grad_norm})
+        if case.save or step == case.steps[-1]:
+            run.train_step.finish()
         if case.save and not case.resume and step == case.steps[0]:
             distributed.save(case.save, run.chunks, description, run.optimizer)
     if torch.distributed.get_rank() == 0:

@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from longred_megatron.model import chunk, injection
 from longred_megatron.objectives.base import Term
@@ -141,6 +142,19 @@ def teacher_of_another_objective() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def head_not_gathered() -> Iterator[None]:
+    """With `overlap_param_gather`, what is read outside of its module is left to the module's hook."""
+    finish = step.finish_gather
+
+    def faulty(chunk: DistributedDataParallel, weight: torch.nn.Parameter | None = None) -> None:
+        if weight is None:
+            finish(chunk)
+
+    with patch.object(step, "start_gather", lambda chunks: None), patch.object(step, "finish_gather", faulty):
+        yield
+
+
 SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     fault.__name__: fault
     for fault in (
@@ -153,5 +167,6 @@ SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
         term_counted_per_tensor_rank,
         tap_of_another_microbatch,
         teacher_of_another_objective,
+        head_not_gathered,
     )
 }

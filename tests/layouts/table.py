@@ -113,6 +113,7 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(2, {"context": 2}, whole_sequences=True)
     yield Layout(1, {}, recompute="full")
     yield Layout(1, {}, recompute="selective")
+    yield Layout(2, {"overlap_param_gather": True})
     # The other models, where they differ.
     yield Layout(2, {"tensor": 2, "sequence": True}, model="tied")
     yield Layout(2, {"pipeline": 2}, model="tied")
@@ -127,6 +128,7 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, recompute="selective")
     yield Layout(4, {"pipeline": 4, "layers_per_chunk": [1, 3, 3, 1]})
     yield Layout(4, {"pipeline": 4, "virtual_pipeline": 2})
+    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_param_gather": True}, model="tied", recompute="full")
     yield Layout(4, {"context": 4})
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_chunk": [1, 3, 2, 2]}, model="tied")
     yield Layout(4, {"context": 2}, model="biases", whole_sequences=True)
@@ -157,6 +159,7 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(2, {"pipeline": 2}, model="kinds", recompute="full")
     yield Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, model="kinds")
     yield Layout(2, {"context": 2}, model="kinds")
+    yield Layout(2, {"context": 2, "overlap_param_gather": True}, model="kinds")
     yield Layout(8, {"tensor": 2, "pipeline": 2, "context": 2, "sequence": True}, model="kinds", recompute="full")
 
 
