@@ -24,6 +24,11 @@ class Parallel(Settings):
     overlap_param_gather: bool = Field(
         False, description="data-parallel ranks exchange updated weights while the next step begins; not tried on GPUs"
     )
+    tp_comm_overlap: bool = Field(
+        False,
+        description="tensor ranks exchange tokens while the student's products run (Transformer Engine's Userbuffers); "
+        "needs sequence, a GPU and no FP8; not tried on GPUs",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -34,6 +39,10 @@ class Parallel(Settings):
     def num_chunks(self) -> int:
         """Pipeline stages times the model chunks on each. Chunk i lies on stage i mod `pipeline`."""
         return self.pipeline * (self.virtual_pipeline or 1)
+
+    def of_teacher(self, num_layers: int) -> "Parallel":
+        """For a frozen model of `num_layers` layers. Its widths are not those that the student's buffers have."""
+        return self.for_depth(num_layers).model_copy(update={"tp_comm_overlap": False})
 
     def for_depth(self, num_layers: int) -> "Parallel":
         """The same stages for a model of `num_layers` layers, split by its own depth, as evenly as it goes."""

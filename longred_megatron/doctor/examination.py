@@ -22,7 +22,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.files import try_output
 from longred_megatron.parallel.world import world
 from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, read_phases
-from longred_megatron.training.small_copy import Sizes, small_copy, without_fp8
+from longred_megatron.training.small_copy import Sizes, small_copy, without_fp8, without_gpu
 
 SECONDS = 600.0  # for everything
 STEPS = 6  # of the small copy: three before its checkpoint and three after it
@@ -165,6 +165,7 @@ def _write_small(recipe: Recipe, phases: Sequence[Phase], folder: Path) -> dict[
     plain = deepcopy(with_fp8)
     without_fp8(plain)
     if not on_gpu():
+        without_gpu(plain)
         plain["precision"]["params"] = "fp32"
     formats = {plain["precision"]["params"]: plain}
     if on_gpu() and any(phase.recipe.precision.fp8 for phase in phases):

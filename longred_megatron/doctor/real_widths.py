@@ -28,7 +28,7 @@ from longred_megatron.training.flops import step_flops
 from longred_megatron.training.metrics import LossReducer, memory, peak_flops
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import build
-from longred_megatron.training.small_copy import without_fp8, write_texts
+from longred_megatron.training.small_copy import without_gpu, write_texts
 
 STEPS = 2  # the first one also compiles, allocates and connects
 LONGEST_SECONDS = {True: 180.0, False: 60.0}  # of both steps, on a GPU and on a CPU
@@ -116,7 +116,7 @@ def _on_random_texts(patient: Patient, phase: Phase) -> Path:
             {"data": {name: blend and {str(folder / "texts"): 1.0} for name, blend in data.items()}} if data else {}
         )
     if not on_gpu():
-        without_fp8(values)
+        without_gpu(values)
     values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
     path = folder / "recipe.yaml"

@@ -119,6 +119,7 @@ def _train(run: PhaseRun, steps: Sequence[int]) -> list[dict[str, float]]:
         microbatches = run.data.step(step, groups.dp.rank(), groups.dp.size())
         result = step_once(microbatches)
         losses.append(reduce_losses(microbatches, result.terms) | {"grad_norm": result.grad_norm})
+    step_once.finish()
     return losses
 
 

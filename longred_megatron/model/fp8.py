@@ -29,11 +29,14 @@ def sharded_scales(chunks: Sequence[ModelChunk]) -> dict[str, ShardedTensor]:
 
 
 def forget_models() -> None:
-    """Transformer Engine keeps the scales of every model it has seen, and reduces them with those of the next one."""
+    """Transformer Engine keeps the scales of every model it has seen, and reduces them with those of the next one; and
+    its Userbuffers."""
     if on_gpu():
+        from transformer_engine.pytorch import destroy_ub
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         FP8GlobalStateManager.reset()
+        destroy_ub()
 
 
 def _scales(chunk: ModelChunk) -> Iterator[tuple[str, Tensor]]:

@@ -40,11 +40,6 @@ def transformer_config(
         "params_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "pipeline_dtype": dtype,
-        "tensor_model_parallel_size": parallel.tensor,
-        "pipeline_model_parallel_size": parallel.pipeline,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
-        "context_parallel_size": parallel.context,
-        "sequence_parallel": parallel.sequence,
         "perform_initialization": False,  # weights always come from a Hugging Face folder or a checkpoint
         "use_cpu_initialization": not gpu,
         "deallocate_pipeline_outputs": True,
@@ -53,8 +48,8 @@ def transformer_config(
         "bias_dropout_fusion": gpu,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": gpu,
-    } | architecture.megatron_settings()
-    settings |= precision.megatron_settings()
+    }
+    settings |= architecture.megatron_settings() | precision.megatron_settings() | _layout_settings(parallel)
     if gpu:
         # By default, Transformer Engine takes unfused attention where no other fits, with all of a layer's scores.
         settings["attention_backend"] = AttnBackend.fused
@@ -64,6 +59,18 @@ def transformer_config(
     elif recompute == "selective":
         # Not Megatron's default, the attention: fused kernels keep no scores, so that would cost time and save nothing.
         settings |= {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    return TransformerConfig(**settings)
+
+
+def _layout_settings(parallel: Parallel) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "tp_comm_overlap": parallel.tp_comm_overlap,
+    }
     if parallel.layers_per_chunk:
         chunks = [["decoder"] * size for size in parallel.layers_per_chunk]
         chunks[0].insert(0, "embedding")
@@ -72,7 +79,7 @@ def transformer_config(
     if parallel.virtual_pipeline:
         # With two stages both neighbours are the same rank; batched messages would be swapped without an error.
         settings |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
-    return TransformerConfig(**settings)
+    return settings
 
 
 def _has_fused_weight_gradient() -> bool:

@@ -44,6 +44,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
             if hf != recipe.model.hf
         ),
         *_token_cut_problems(recipe),
+        *_tensor_overlap_problems(recipe, gpu),
         *_world_problems(recipe, world_size),
         *_trainable_problems(recipe, source),
         *_optimizer_problems(recipe),
@@ -165,6 +166,18 @@ def _token_cut_problems(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _tensor_overlap_problems(recipe: Recipe, gpu: bool | None) -> Iterator[str]:
+    if not recipe.parallel.tp_comm_overlap:
+        return
+    said = "`parallel.tp_comm_overlap` is true"
+    if not (on_gpu() if gpu is None else gpu):
+        yield f"{said}: needs a GPU, and none is used; set it to false"
+    if not recipe.parallel.sequence:
+        yield f"{said}: needs `parallel.sequence`: true; set that, or this to false"
+    if recipe.precision.fp8:
+        yield f"{said}: its buffers are for bf16, and `precision.fp8` is {recipe.precision.fp8!r}; set one of them off"
+
+
 def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
     """Whether ranks and micro-batches can be dealt out evenly."""
     parallel = recipe.parallel
@@ -181,11 +194,6 @@ def _world_problems(recipe: Recipe, world_size: int) -> Iterator[str]:
             f"start {multiples(world_size, ranks)} ranks or change `parallel`"
         )
         return
-    if parallel.overlap_param_gather and world_size == parallel.tensor * parallel.pipeline:
-        yield (
-            "`parallel.overlap_param_gather` is true: has no effect, since no other rank has the same weights; set it "
-            "to false, or start more ranks"
-        )
     replicas, microbatches = world_size // ranks, recipe.num_microbatches
     sizes = " + ".join(f"{name} {settings.microbatches}" for name, settings in recipe.objectives.items())
     if microbatches % replicas:

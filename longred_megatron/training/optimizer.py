@@ -11,6 +11,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 
 from longred_megatron.checkpoint.weight_map import chunk_rules
 from longred_megatron.dtypes import DTYPES
@@ -79,14 +80,14 @@ def start_gather(chunks: Sequence[DistributedDataParallel]) -> None:
                     bucket_group.start_param_sync()
 
 
-def finish_gather(chunk: DistributedDataParallel, weight: torch.nn.Parameter | None = None) -> None:
+def finish_gather(chunk: DistributedDataParallel, weight: Tensor | None = None) -> None:
     """Waits for one weight, to be read outside of its module's forward pass; None: for all of the chunk's."""
     if not chunk.ddp_config.overlap_param_gather:
         return
-    waited = chunk.bucket_groups
+    groups = chunk.bucket_groups
     if weight is not None:  # a frozen one is in none
-        waited = [chunk.param_to_bucket_group[weight]] if weight in chunk.param_to_bucket_group else []
-    for bucket_group in waited:
+        groups = [group for parameter, group in chunk.param_to_bucket_group.items() if parameter is weight]
+    for bucket_group in groups:
         bucket_group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 

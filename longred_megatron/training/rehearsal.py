@@ -26,7 +26,7 @@ from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, lo
 from longred_megatron.training.metrics import memory
 from longred_megatron.training.microbatches import open_data
 from longred_megatron.training.run import PhaseRun, train
-from longred_megatron.training.small_copy import Sizes, small_copy, without_fp8
+from longred_megatron.training.small_copy import Sizes, small_copy, without_gpu
 
 MAX_RANKS = 16
 RANKS_WITH_TWO_REPLICAS = 8  # at most; larger worlds are rehearsed with one
@@ -109,17 +109,20 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
         raise UserError(*problems)
     changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
     values, smaller = small_copy(resized, phases, folder, SIZES)
-    changes += smaller + _fp8_changes(phases)
-    without_fp8(values)
+    changes += smaller + _gpu_changes(phases)
+    without_gpu(values)
     for change in (values["phases"] or ())[:-1]:
         change["training"] = change.get("training", {}) | {"steps": 1}
     values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
     return Rehearsal(Recipe.model_validate(values), ranks * replicas, changes)
 
 
-def _fp8_changes(phases: Sequence[Phase]) -> list[str]:
+def _gpu_changes(phases: Sequence[Phase]) -> list[str]:
     kinds = dict.fromkeys(phase.recipe.precision.fp8 for phase in phases if phase.recipe.precision.fp8)
-    return [f"precision.fp8: {kind} -> null, there is no GPU; its settings were checked" for kind in kinds]
+    changes = [f"precision.fp8: {kind} -> null" for kind in kinds]
+    if phases[0].recipe.parallel.tp_comm_overlap:
+        changes.append("parallel.tp_comm_overlap: true -> false")
+    return [f"{change}, there is no GPU; its settings were checked" for change in changes]
 
 
 def _rank(join: Callable[[str], None], path: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.files import write_text
+from longred_megatron.model import userbuffers
 from longred_megatron.model.chunk import ModelChunk, build_chunks, padded_vocab_size
 from longred_megatron.model.fp8 import forget_models
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
@@ -70,6 +71,8 @@ def build(
     """
     recipe = phase.recipe
     student = extended_architecture(phase)
+    tokens = recipe.step.tokens_per_microbatch // recipe.parallel.context
+    userbuffers.allocate(recipe.parallel, recipe.precision.params, tokens, student.hidden_size)
     chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     load(chunks, recipe.model.hf, student, groups)
     train_only(recipe.training.trainable, chunks, student)
@@ -93,7 +96,7 @@ def build_teacher(
     It lives outside the student's modules, optimizer and checkpoints.
     """
     recipe, teacher = phase.recipe, phase.teachers[hf]
-    parallel = recipe.parallel.for_depth(teacher.num_layers)
+    parallel = recipe.parallel.of_teacher(teacher.num_layers)
     # Untied: Megatron would synchronise a tied head with the embedding of the first stage; this one is only read. Both
     # heads are cut alike, so that a tensor rank holds the same entries of both.
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)

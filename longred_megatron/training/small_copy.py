@@ -76,6 +76,12 @@ def without_fp8(values: dict[str, Any]) -> None:
             each["precision"] = {key: value for key, value in each["precision"].items() if key == "params"}
 
 
+def without_gpu(values: dict[str, Any]) -> None:
+    """Leaves out of a recipe's values, and of its phases' changes, what needs a GPU."""
+    without_fp8(values)
+    values["parallel"]["tp_comm_overlap"] = False
+
+
 def _shrunk(
     values: dict[str, Any], models: dict[str, Path], factor: int, head_dim: int, folder: Path
 ) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from tests.gpu_path import install
 
 # isort: split
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformer_engine.pytorch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformer_engine.pytorch import DotProductAttention, LayerNormLinear, Linear, RMSNorm
 
@@ -17,6 +19,7 @@ from longred_megatron.checkpoint.huggingface import load_weights
 from longred_megatron.checkpoint.verification import verify
 from longred_megatron.families import read_architecture
 from longred_megatron.layout import Parallel
+from longred_megatron.model import userbuffers
 from longred_megatron.model.chunk import ModelChunk, build_chunks
 from longred_megatron.precision import Precision
 from longred_megatron.recipe import dump_recipe, load_recipe, read_phases
@@ -70,3 +73,27 @@ def test_a_recipe_is_built(name: str, tmp_path: Path, groups: ProcessGroupCollec
 def layers(chunks: Sequence[ModelChunk]) -> Iterator[Any]:
     for chunk in chunks:
         yield from chunk.decoder.layers
+
+
+def test_userbuffers_are_asked_for_and_known_to_every_layer(
+    tmp_path: Path, groups: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    signature = inspect.signature(transformer_engine.pytorch.initialize_ub)
+
+    def initialize_ub(*arguments: Any, **settings: Any) -> None:
+        asked.append(signature.bind(*arguments, **settings).arguments)
+
+    monkeypatch.setattr(transformer_engine.pytorch, "initialize_ub", initialize_ub)
+    parallel = Parallel(tensor=2, sequence=True, tp_comm_overlap=True)
+    userbuffers.allocate(parallel.of_teacher(4), "bf16", 64, 32)
+    assert asked == []
+    userbuffers.allocate(parallel, "bf16", 64, 32)
+    [values] = asked
+    assert values["shape"] == [64, 32] and values["tp_size"] == 2 and values["dtype"] == torch.bfloat16
+
+    architecture = read_architecture(write_model("llama_3", tmp_path))
+    for each, names in ((Parallel(tp_comm_overlap=True), {"qkv", "proj", "fc1", "fc2"}), (Parallel(), {None})):
+        [chunk] = build_chunks(architecture, each, Precision(), groups)
+        layers = [m for m in chunk.modules() if isinstance(m, (Linear, LayerNormLinear))]
+        assert len(layers) == 4 * architecture.num_layers and {layer.ub_name for layer in layers} == names

@@ -128,7 +128,9 @@ def _layouts() -> Iterator[Layout]:
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, recompute="selective")
     yield Layout(4, {"pipeline": 4, "layers_per_chunk": [1, 3, 3, 1]})
     yield Layout(4, {"pipeline": 4, "virtual_pipeline": 2})
-    yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_param_gather": True}, model="tied", recompute="full")
+    yield Layout(
+        4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_param_gather": True}, model="tied", recompute="full"
+    )
     yield Layout(4, {"context": 4})
     yield Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "layers_per_chunk": [1, 3, 2, 2]}, model="tied")
     yield Layout(4, {"context": 2}, model="biases", whole_sequences=True)

@@ -210,6 +210,22 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
         {},
         "`parallel.sequence` is true: has no effect at `parallel.tensor` 1; set it to false",
     ),
+    "tensor overlap without a GPU": (
+        ("parallel.tp_comm_overlap=true", "parallel.tensor=2", "parallel.sequence=true"),
+        {"world_size": 2},
+        "`parallel.tp_comm_overlap` is true: needs a GPU, and none is used; set it to false",
+    ),
+    "tensor overlap of whole tokens": (
+        ("parallel.tp_comm_overlap=true", "parallel.tensor=2"),
+        {"world_size": 2, "gpu": True},
+        "`parallel.tp_comm_overlap` is true: needs `parallel.sequence`: true; set that, or this to false",
+    ),
+    "tensor overlap with FP8": (
+        ("parallel.tp_comm_overlap=true", "parallel.tensor=2", "parallel.sequence=true", "precision.fp8=hybrid"),
+        {"world_size": 2, "gpu": True},
+        "`parallel.tp_comm_overlap` is true: its buffers are for bf16, and `precision.fp8` is 'hybrid'; set one of "
+        "them off",
+    ),
     "context and zig-zag": (
         ("parallel.context=2", "objectives.long_text.sequence_length=2", "step.tokens_per_microbatch=65536"),
         {"world_size": 2},
