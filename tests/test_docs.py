@@ -155,7 +155,7 @@ def test_every_kind_and_key_and_method_and_run_is_documented() -> None:
         missing += [f"{name} in the table of kinds"] * (f"`{name}`" not in page)
     readme = (ROOT / "README.md").read_text()
     missing += [f"the method {name}" for name in METHODS if f"| `{name}` |" not in readme]
-    rows = "".join(re.findall(r"^\| `recipes/.*$", readme, re.MULTILINE))
+    rows = "".join(re.findall(r"^\|.*yaml`.*$", readme, re.MULTILINE))
     runs = {path.name for path in (ROOT / "recipes").glob("*.yaml") if "run" in yaml.safe_load(path.read_text())}
     missing += sorted(runs - set(re.findall(r"\w+\.yaml", rows)))
     assert not missing
