@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from longred_megatron.errors import plain
 from longred_megatron.recipe.schema import Recipe
 from longred_megatron.settings import Settings, sections_of, tags, value_type
 
@@ -75,7 +76,7 @@ def _is_echo(details: dict[str, Any]) -> bool:
 def _sentence(details: dict[str, Any], where: str) -> str:
     kind, value = details["type"], details["input"]
     path, field, siblings, known = _look_up(details["loc"])
-    path = where + path
+    path = plain(where + path)
     if kind == "extra_forbidden":
         return _unknown_key(path, siblings)
     if kind in ("union_tag_not_found", "union_tag_invalid"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from longred_megatron.errors import UserError
@@ -158,6 +158,7 @@ KEYS = [
 
 
 @settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=5000)
+@example(key="model", value={"\n": None})
 @given(key=st.sampled_from(KEYS), value=anything)
 def test_any_value_at_any_key_loads_or_is_refused(key: str, value: Any, write: Write, values: dict[str, Any]) -> None:
     section = values = copy.deepcopy(values)
