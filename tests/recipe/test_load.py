@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from longred_megatron.errors import UserError
+from longred_megatron.errors import UserError, plain
 from longred_megatron.recipe import Recipe, dump_recipe, load_recipe, phases_of
 
 Write = Callable[..., Path]
@@ -283,7 +283,7 @@ def test_a_number_is_no_name(write: Write, values: dict[str, Any]) -> None:
 def test_names_that_are_no_part_of_a_metric(write: Write, values: dict[str, Any], name: str) -> None:
     values["objectives"][name] = MINE | {"kind": "next_token"}
     (problem,) = problems_of(write(values))
-    assert problem.startswith(f"`objectives.{name}` is {name!r}: must be letters, digits, _ and -")
+    assert problem.startswith(f"`{plain(f'objectives.{name}')}` is {name!r}: must be letters, digits, _ and -")
 
 
 @pytest.mark.parametrize(
