@@ -48,7 +48,7 @@ def functions() -> set[str]:
     found: set[str] = set()
     for source in sources():
         text = source.read_text()
-        found.update(re.findall(r"\btex\.([a-z]\w*)", text))
+        found.update(re.findall(r"(?<![\w.])tex\.([a-z]\w*)", text))
         for names in re.findall(rf"^from {NAME} import (?:\(([^)]*)\)|(.*))$", text, re.MULTILINE):
             found.update(re.findall(r"\b[a-z]\w*", "".join(names)))
     return found

@@ -1,6 +1,6 @@
 """What the project says of FP8, against Transformer Engine's own choice; and the scales that it keeps."""
 
-from tests.gpu_path import install  # noqa: F401
+from tests.gpu_path import install
 
 # isort: split
 
@@ -209,6 +209,7 @@ def test_the_teacher_is_not_in_fp8(tmp_path: Path, groups: ProcessGroupCollectio
         assert {chunk.config.fp8 for chunk in chunks} == {teacher}
 
 
+@install.needs_plain_kernels  # the compiled one asks cuDNN on a GPU
 def test_the_backend_is_chosen_for_each_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = ("precision={params: bf16}", "parallel.context=2", "objectives.short_restoration.whole_sequences=true")
     [phase] = read_phases(
