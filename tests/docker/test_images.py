@@ -147,10 +147,8 @@ print(torch.compile(lambda x: torch.nn.functional.gelu(x) * 2)(torch.ones(8)).sh
 
 def test_anybody_has_a_home_and_a_compiler(image: str) -> None:
     words = run_words(image)
-    assert docker(*words, "python", "-W", "error::UserWarning", "-c", ANYBODY).stdout.splitlines() == [
-        f"{CALLER} longred",
-        "torch.Size([8])",
-    ]
+    name, *_, size = docker(*words, "python", "-W", "error::UserWarning", "-c", ANYBODY).stdout.splitlines()
+    assert (name, size) == (f"{CALLER} longred", "torch.Size([8])")  # between them torch may say that there is no GPU
 
 
 def test_a_run_belongs_to_its_caller(image: str, caller_folder: Path) -> None:
