@@ -1,0 +1,75 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from longred_megatron.analysis.walk import open_network, other_rotary, walk
+from longred_megatron.kernels.attention_divergence import attention_divergence
+from longred_megatron.rope import METHODS, RopeSource
+from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, edit_json, write_model
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(0, 101, (2, 37), generator=torch.Generator().manual_seed(5))
+
+
+def reference(folder: Path, positions: torch.Tensor | None = None, tokens: torch.Tensor = TOKENS) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    mask = torch.ones_like(tokens)  # or jumps in the positions would be borders of documents
+    with torch.no_grad():
+        return model(tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True,
+                     output_attentions=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@torch.no_grad()
+def test_it_is_the_model_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = write_model(name, tmp_path)
+    positions = torch.arange(37)[None] + 20 * (torch.arange(37) >= 9)
+    plain = reference(folder, positions)
+    network = open_network(folder, torch.float32, CPU)
+    layers = list(walk(network, TOKENS, positions))
+    assert [each.layer for each in layers] == [1, 2, 3, 4]
+    for each in layers:
+        torch.testing.assert_close(each.hidden, plain.hidden_states[each.layer], rtol=1e-4, atol=1e-5)
+        key = each.key.repeat_interleave(each.query.shape[1] // each.key.shape[1], 1)
+        scores = each.scale * each.query @ key.transpose(2, 3)
+        probabilities = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+        torch.testing.assert_close(probabilities, plain.attentions[each.layer - 1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [{"method": "pi"}, {"method": "abf", "theta": 1e7}, {"method": "yarn"},
+                                    {"method": "dynamic"}])  # fmt: skip
+@torch.no_grad()
+def test_another_rope_is_the_exported_models(method: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_model("llama_3", tmp_path)
+    network = open_network(folder, torch.float32, CPU)
+    long = torch.randint(0, 101, (1, 150), generator=torch.Generator().manual_seed(6))  # past the window of 64
+    before = [each.hidden for each in walk(network, long)]
+    source = RopeSource(dict(network.config.rope_parameters), 8, 64, 256)
+    chosen = METHODS[method["method"]].model_validate(method)
+    rope, window = chosen.extended(source), chosen.max_position_embeddings(source)
+    layers = list(walk(network, long, rotary=other_rotary(network, rope, window)))
+    edit_json(folder / "config.json", rope_parameters=rope, max_position_embeddings=window)
+    plain = reference(folder, tokens=long)
+    for each in layers:
+        torch.testing.assert_close(each.hidden, plain.hidden_states[each.layer], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before[0], layers[0].hidden)
+    assert torch.equal(before[3], list(walk(network, long))[3].hidden)  # the network is as it was
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@torch.no_grad()
+def test_drift_is_that_of_output_attentions(name: str, tmp_path: Path) -> None:
+    folder = write_model(name, tmp_path)
+    network = open_network(folder, torch.float32, CPU)
+    rope = network.config.rope_parameters | {"rope_theta": 1e8}
+    pairs = zip(walk(network, TOKENS), walk(network, TOKENS, rotary=other_rotary(network, rope)), strict=True)
+    found = [attention_divergence(a.query, a.key, b.query, b.key, a.scale, b.scale) for a, b in pairs]
+    before = reference(folder).attentions
+    edit_json(folder / "config.json", rope_parameters=rope, pad_token_id=0)  # Phi-3 has a default
+    for drift, p, q in zip(found, before, reference(folder).attentions, strict=True):
+        plain = (p.double() * (p.double().log() - q.double().log())).nan_to_num(0).sum(-1)
+        torch.testing.assert_close(drift, plain, rtol=1e-3, atol=1e-5)
+        assert plain.mean() > 1e-4
