@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longred_megatron.analysis.emulated_fp8 import Emulator
-from longred_megatron.analysis.page import Study
+from longred_megatron.analysis.page import Plot, Study
 from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.data.sequences import IndexedSequences, check_tokens
 from longred_megatron.errors import UserError
@@ -32,6 +32,10 @@ NOTE = (
     "emulated: casts to E4M3 in the linear layers (+attention: in the attention core too), sums in fp32, forward "
     "passes only. Not seen: the hardware's shorter sums, and E5M2 in the backward pass"
 )
+CAPTIONS = {
+    "loss": "What a recipe's casts cost on these texts. Take one whose line stays flat up to the length you train at.",
+    "hidden": "How far the last layer moves. If it grows with the length, compare the loss above before you train so.",
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _table(gaps: Sequence[Gap]) -> list[list[str]]:
     return rows
 
 
-def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> str:
+def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> Plot:
     """The gap in the loss, or of the last layer's hidden states, over the length of the text."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.6), layout="constrained")
@@ -181,4 +185,4 @@ def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> str:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens of the text")
         axes.legend(frameon=False)
-        return svg_of(figure, what)
+        return Plot(svg_of(figure, what), CAPTIONS[what])
