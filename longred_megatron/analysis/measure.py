@@ -1,0 +1,143 @@
+"""How far models are from an original on the same texts: attention, hidden states and next-token loss."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from longred_megatron.analysis.walk import LayerValues, walk
+from longred_megatron.evaluation.models import CHUNK_TOKENS, resolve_device
+from longred_megatron.kernels.attention_divergence import attention_divergence
+from longred_megatron.parallel.world import world
+
+
+class Subject(NamedTuple):
+    """A network, with another RoPE where `rotary` is one of `other_rotary`."""
+
+    network: Any
+    rotary: Any = None
+
+    def walk(self, tokens: Tensor, positions: Tensor | None = None) -> Iterator[LayerValues]:
+        return walk(self.network, tokens, positions, self.rotary)
+
+
+class Ranks(NamedTuple):
+    """The processes that share the texts of a study."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def part(self, texts: Tensor) -> Tensor:
+        """This rank's texts."""
+        return texts[self.rank :: self.size]
+
+    def total(self, values: Tensor) -> Tensor:
+        """Summed over all ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)  # the world: every rank has texts of its own
+        return values
+
+
+@contextmanager
+def ranks() -> Iterator[Ranks]:
+    """Those that torchrun started; without it, this process alone. They talk over gloo: sums are small."""
+    rank, size = world(os.environ)
+    if size == 1:
+        yield Ranks()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Ranks(rank, size)
+    finally:
+        dist.destroy_process_group()
+
+
+def study_device() -> torch.device:
+    """This rank's GPU where there is one, else the CPU."""
+    device = resolve_device("auto")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Of one model against the original, means over texts and positions.
+
+    heads: [layers, heads], KL(original || model) of the attention of each head, in nats.
+    similarity: [layers], cosine of the layers' outputs. loss, original_loss: of the next token, in nats.
+    """
+
+    heads: Tensor
+    similarity: Tensor
+    loss: float
+    original_loss: float
+
+    @property
+    def layers(self) -> Tensor:
+        """[layers], mean over heads."""
+        return self.heads.mean(1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Layers by their number, from 1."""
+        numbers = [str(k) for k in range(1, len(self.heads) + 1)]
+        return {
+            "layers": dict(zip(numbers, self.layers.tolist(), strict=True)),
+            "heads": dict(zip(numbers, self.heads.tolist(), strict=True)),
+            "similarity": dict(zip(numbers, self.similarity.tolist(), strict=True)),
+            "mean_drift": self.layers.mean().item(),
+            "mean_similarity": self.similarity.mean().item(),
+            "loss": self.loss,
+            "original_loss": self.original_loss,
+        }
+
+
+@torch.inference_mode()
+def measure_drift(
+    tokens: Tensor, original: Subject, others: Sequence[Subject], ranks: Ranks | None = None, bar: Any = None
+) -> list[Drift]:
+    """Drift of each of `others` on tokens [texts, length], text by text, all models in step, a layer at a time.
+
+    bar: a progress bar, told of each text.
+    """
+    config, (num_texts, length) = original.network.config, tokens.shape
+    layers, heads, count, ranks = config.num_hidden_layers, config.num_attention_heads, len(others), ranks or Ranks()
+    drift, similarity = torch.zeros(count, layers, heads).double(), torch.zeros(count, layers).double()
+    losses = torch.zeros(count + 1).double()
+    for text in ranks.part(tokens).split(1):
+        walks = zip(original.walk(text), *(other.walk(text) for other in others), strict=True)
+        for theirs, *ours in walks:
+            k = theirs.layer - 1
+            for i, each in enumerate(ours):
+                drift[i, k] += _divergence(theirs, each).sum((0, 2)).cpu()
+                similarity[i, k] += F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
+        for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
+            losses[i] += next_token_loss(subject.network, last.hidden, text)
+        if bar is not None:
+            bar.update()
+    drift, similarity, losses = (ranks.total(each) / num_texts for each in (drift, similarity, losses))
+    return [
+        Drift(drift[i] / length, similarity[i] / length, losses[i + 1].item(), losses[0].item()) for i in range(count)
+    ]
+
+
+def _divergence(p: LayerValues, q: LayerValues) -> Tensor:
+    return attention_divergence(p.query, p.key, q.query, q.key, p.scale, q.scale)
+
+
+def next_token_loss(network: Any, hidden: Tensor, tokens: Tensor) -> float:
+    """Mean cross-entropy of one text [1, length] from its last hidden states, in nats; logits exist for some positions
+    at a time."""
+    head, labels = network.get_output_embeddings(), tokens[0, 1:].to(hidden.device)
+    chunks = zip(hidden[0, :-1].split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
+    total = sum(F.cross_entropy(head(chunk).float(), label, reduction="sum").item() for chunk, label in chunks)
+    return total / len(labels)

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from longred_megatron.analysis.measure import Subject, measure_drift
+from longred_megatron.analysis.walk import open_network, other_rotary
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
+from tests.checkpoint.small_models import edit_json
+from tests.training.workspace import make_workspace
+from tools.select_layers import main
+
+TINY_BASE = Path(__file__).parent.parent / "assets/tiny_base"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def attentions(folder: Path, tokens: torch.Tensor) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        return [each.double() for each in model(tokens, output_attentions=True).attentions]
+
+
+def test_the_files_hold_what_transformers_gives(recipe: Path, tmp_path: Path, capsys: Any) -> None:
+    output, model = tmp_path / "out", recipe.parent / "model"
+    arguments = [str(recipe), "--texts", "5", "--length", "48", "--output", str(output)]
+    main([*arguments, "--rope", "pi", "{method: abf, theta: 1.0e8}"])
+    drift = json.loads((output / "drift.json").read_text())
+    tokens = load_file(output / "tokens.safetensors")["tokens"]
+    assert tokens.shape == (5, 48) and set(drift) == {"layers", "heads", "ranking", "chosen"}
+    before = attentions(model, tokens)
+    config = (model / "config.json").read_text()
+    try:
+        edit_json(model / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+        after = attentions(model, tokens)
+    finally:
+        (model / "config.json").write_text(config)
+    for k, (p, q) in enumerate(zip(before, after, strict=True), start=1):
+        plain = (p * (p.log() - q.log())).nan_to_num(0).sum(-1).mean((0, 2))
+        torch.testing.assert_close(torch.tensor(drift["heads"][str(k)]).double(), plain, rtol=1e-3, atol=1e-7)
+        assert drift["layers"][str(k)] == pytest.approx(plain.mean().item(), rel=1e-3)
+    assert drift["ranking"] == sorted(range(1, 5), key=lambda k: -drift["layers"][str(k)])
+    assert drift["chosen"] == [next(k for k in drift["ranking"] if k != 4), 4]  # the recipe names two
+    sweep = json.loads((output / "results.json").read_text())["sweep"]
+    assert [each["rope"] for each in sweep] == ["pi", "abf theta 1e+08"]
+    shown = capsys.readouterr().out
+    assert f"layers: {sorted(drift['chosen'])}" in shown and "What each RoPE alone breaks" in shown
+    assert (output / "report.html").read_text().count("<svg") == 3
+
+
+def test_drift_grows_with_theta_and_factor() -> None:
+    """On a model that has learned something: the demo's."""
+    network = open_network(TINY_BASE, torch.float32, torch.device("cpu"))
+    text = cut_windows(text_source([]), load_encoder(TINY_BASE), 256, 1, seed=0).tokens
+    theta = network.config.rope_parameters["rope_theta"]
+    for ropes in (
+        [{"rope_type": "default", "rope_theta": theta * growth} for growth in (1, 1.1, 2, 8, 100)],
+        [{"rope_type": "linear", "rope_theta": theta, "factor": factor} for factor in (1.0, 1.1, 2.0, 4.0, 16.0)],
+    ):
+        others = [Subject(network, other_rotary(network, rope)) for rope in ropes]
+        drifts = [each.layers.mean().item() for each in measure_drift(text, Subject(network), others)]
+        assert drifts == sorted(drifts) and drifts[0] == 0 < drifts[1], drifts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.rope=none"], "`model.rope` is none: .*name the layers"),
+        (["model.rope=dynamic", "--length", "16"], "changes nothing on texts of 16 tokens"),
+        (["--length", "65"], "--length 65: longer than the window of 64"),
+        (["--texts", "0"], "--texts 0: must be 1 to"),
+        (["--texts", "9000"], "has only .* different texts of 64 tokens"),
+        (["--rope", "{method: abf, theta: 10}"], "`rope.theta` is 10: is below"),
+        (["--rope", "alibi"], "alibi"),
+    ],
+)
+def test_bad_input_is_told(recipe: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([str(recipe), *arguments])
