@@ -49,20 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_main = rank == 0
     if options.rehearse:
         if is_main:  # under torchrun too: the first rank starts a world of its own
-            force_cpu()  # on a GPU node too
-            from longred_megatron.recipe import load_recipe
-            from longred_megatron.training.rehearsal import rehearse
-
-            rehearse(load_recipe(options.recipe, options.overrides))
+            _rehearse(options.recipe, options.overrides)
         return
+    from longred_megatron.recipe.auto_layers import auto_counts
+
     try:
         recipe, phases, data = _check(options.recipe, options.overrides, is_main, world_size)
+        undecided = auto_counts(recipe)
+        if is_main:
+            recipe, phases = _announce(recipe, phases, data, world_size)
     except UserError:
         if is_main:
             raise
         time.sleep(5)  # every rank finds the same mistake; the first one tells, before torchrun ends the others
         sys.exit(2)
 
+    from longred_megatron.analysis.auto_layers import agreed
     from longred_megatron.files import reason
     from longred_megatron.parallel.groups import destroy, initialize
     from longred_megatron.training.run import train
@@ -77,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_run_folder(recipe)  # again: another run may have begun or ended since
         groups = initialize(recipe.parallel, recipe.training.seed, patience)
         try:
+            if undecided:
+                recipe, phases, data = agreed(recipe)
             train(recipe, phases, data, groups)
         except OSError as error:
             raise UserError(f"{error.filename or recipe.run.dir}: {reason(error)}; the run has ended") from error
@@ -86,13 +90,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 destroy()
 
 
+def _rehearse(path: Path, overrides: Sequence[str]) -> None:
+    force_cpu()  # on a GPU node too
+    from longred_megatron.recipe import load_recipe
+    from longred_megatron.training.rehearsal import rehearse
+
+    rehearse(load_recipe(path, overrides))
+
+
 def _check(
     path: Path, overrides: Sequence[str], is_main: bool, world_size: int
 ) -> "tuple[Recipe, list[Phase], list[MicroBatchSource]]":
-    """Everything that can be wrong before ranks talk to each other; prints the start-up arithmetic."""
-    from longred_megatron.recipe import check_phases, load_recipe, phases_summary, read_phases
+    """Everything that can be wrong before ranks talk to each other."""
+    from longred_megatron.analysis.auto_layers import with_recorded_layers
+    from longred_megatron.recipe import check_phases, load_recipe, read_phases
 
-    recipe = load_recipe(path, overrides)
+    recipe = with_recorded_layers(load_recipe(path, overrides))
     phases = read_phases(recipe)
     problems = check_phases(phases, world_size)
     if problems:
@@ -113,13 +126,29 @@ def _check(
     data = open_data(phases)
     if is_main:
         _check_models(recipe, phases)
-        print(phases_summary(phases, world_size))
-        _choose_attention(phases)
-        padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
-        for prefix, share in padding.items():
-            print(f"packed {prefix}: {share:.2%} of its windows is padding")
-        sys.stdout.flush()
     return recipe, phases, data
+
+
+def _announce(
+    recipe: "Recipe", phases: "list[Phase]", data: "Sequence[MicroBatchSource]", world_size: int
+) -> "tuple[Recipe, list[Phase]]":
+    """Chooses layers where the recipe leaves them open, and prints the start-up arithmetic.
+
+    Raises:
+        UserError: as `choose_layers` and `_choose_attention`.
+    """
+    from longred_megatron.analysis.auto_layers import choose_layers
+    from longred_megatron.recipe import phases_summary, read_phases
+
+    recipe = choose_layers(recipe, phases[-1])
+    phases = read_phases(recipe)
+    print(phases_summary(phases, world_size))
+    _choose_attention(phases)
+    padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
+    for prefix, share in padding.items():
+        print(f"packed {prefix}: {share:.2%} of its windows is padding")
+    sys.stdout.flush()
+    return recipe, phases
 
 
 def _choose_attention(phases: "Sequence[Phase]") -> None:

@@ -16,6 +16,8 @@ from longred_megatron.data.sequences import IndexedSequences, Series
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
 from longred_megatron.layout import Parallel
+from longred_megatron.objectives.layers import Layers as Layers
+from longred_megatron.objectives.layers import layer_problems
 from longred_megatron.precision import Precision
 from longred_megatron.settings import (
     Mark,
@@ -27,9 +29,6 @@ from longred_megatron.settings import (
     marked_fields,
     renamed,
 )
-
-Layers = Annotated[tuple[int, ...], Field(strict=False, min_length=1, max_length=1000), Mark.LAYERS]
-"""Layers numbered as in Hugging Face `hidden_states`, from 1, ascending; see `_layer_problems`."""
 
 MAX_MICROBATCHES = 100_000  # what is above is a slip, and its first step would never end
 
@@ -324,13 +323,3 @@ class Objective(Settings):
                     f"the pipeline stages {stages[0]} and {stages[1]} (from 0) and must lie on one; change `parallel`"
                 )
                 return
-
-
-def layer_problems(where: str, layers: Sequence[int], model: Architecture) -> Iterator[str]:
-    """Whether `layers`, at the key `where`, are layers of the student in ascending order."""
-    outside = [layer for layer in layers if not 1 <= layer <= model.num_layers]
-    if outside:
-        yield f"`{where}` holds {listed(outside)}: the layers of model.hf are 1 to {model.num_layers}"
-    if list(layers) != sorted(set(layers)):
-        what = "names a layer twice" if len(set(layers)) < len(layers) else "is not in ascending order"
-        yield f"`{where}` is {list(layers)}: {what}; write {sorted(set(layers) - set(outside))}"

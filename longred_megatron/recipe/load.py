@@ -241,9 +241,14 @@ def _is_whole(keys: tuple[str, ...], inherited: dict[str, Any], value: dict[str,
 
 def convert_paths(values: dict[str, Any], convert: Callable[[Any], Any]) -> dict[str, Any]:
     """A copy of a recipe's values, as YAML holds them, with `convert` applied to all its paths."""
-    values = convert_marked(values, Recipe, Mark.PATH, convert)
+    return convert_values(values, Mark.PATH, convert)
+
+
+def convert_values(values: dict[str, Any], mark: Mark, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    """The same for the values that have `mark`, also in the changes of phases."""
+    values = convert_marked(values, Recipe, mark, convert)
     if isinstance(values.get("phases"), list):
-        values["phases"] = [convert_paths(p, convert) if isinstance(p, dict) else p for p in values["phases"]]
+        values["phases"] = [convert_values(p, mark, convert) if isinstance(p, dict) else p for p in values["phases"]]
     return values
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from longred_megatron.families import Architecture, read_architecture
 from longred_megatron.objectives.base import Needs, Site
+from longred_megatron.recipe.auto_layers import spread, with_layers
 from longred_megatron.recipe.load import phases_of
 from longred_megatron.recipe.schema import Recipe
 from longred_megatron.rope import RopeSource
@@ -65,8 +66,15 @@ class Phase:
 
 
 def read_phases(recipe: Recipe) -> list[Phase]:
-    """The phases in order, with the config.json of model and teachers read. Raises UserError as `read_architecture`."""
+    """The phases in order, with the config.json of model and teachers read.
+
+    `layers: {auto: N}` that has not been chosen stands for N layers at equal distances: what they cost is the same.
+
+    Raises:
+        UserError: as `read_architecture`, or N is more than the model's layers.
+    """
     source = read_architecture(recipe.model.hf)
+    recipe = with_layers(recipe, lambda count: spread(count, source.num_layers))
     phases: list[Phase] = []
     for number, own in enumerate(phases_of(recipe), start=1):
         teachers = {hf: source if hf == recipe.model.hf else read_architecture(hf) for hf in _teachers(own, source)}

@@ -115,7 +115,8 @@ def _missing_tag(path: str, tag: str, known: list[type[Settings]], named_by_user
 def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str], list[type[Settings]]]:
     """The dotted path of an error, its field, the keys known beside it, and the sections that may stand there.
 
-    Pydantic's location also holds parts that are no keys of the recipe: which of several sections it is, and "[key]".
+    Pydantic's location also holds parts that are no keys of the recipe: which of several sections it is, "[key]", and
+    the tags of `Layers`.
     """
     shown: list[str] = []
     here: Any = Recipe
@@ -123,7 +124,7 @@ def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str
     siblings: list[str] = []
     for part in location:
         sections = sections_of(here)
-        if part == "[key]":
+        if part in ("[key]", "[list]", "[auto]"):
             continue
         if len(sections) > 1:
             here = next(each for each in sections if any(part in tags(each, name) for name in each.model_fields))

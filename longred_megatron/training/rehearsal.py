@@ -23,6 +23,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, load_recipe, phases_summary, read_phases
+from longred_megatron.recipe.auto_layers import auto_counts
 from longred_megatron.training.metrics import memory
 from longred_megatron.training.microbatches import open_data
 from longred_megatron.training.run import PhaseRun, train
@@ -108,6 +109,8 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     if problems:
         raise UserError(*problems)
     changes.append(f"data-parallel replicas: {replicas}; {ranks * replicas} ranks, a process each")
+    if auto_counts(recipe):
+        changes.append("layers: {auto: N} -> N layers at equal distances; the run chooses them by attention drift")
     values, smaller = small_copy(resized, phases, folder, SIZES)
     changes += smaller + _gpu_changes(phases)
     without_gpu(values)
