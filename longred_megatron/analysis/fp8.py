@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longred_megatron.analysis.emulated_fp8 import Emulator
+from longred_megatron.analysis.measure import Ranks
 from longred_megatron.analysis.page import Plot, Study
 from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.data.sequences import IndexedSequences, check_tokens
@@ -74,12 +75,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seed", default=2024, **number, help="choice of the windows (%(default)s)")
 
 
-def study(options: Namespace) -> Study:
+def study(options: Namespace, ranks: Ranks) -> Study:
     """Measures every recipe at every length, a window at a time.
 
     Raises:
-        UserError: no model, no text, a length that is none, or an output that holds something else.
+        UserError: no model, no text, a length that is none, an output that holds something else, or several processes.
     """
+    if ranks.size > 1:
+        raise UserError("the study fp8 runs on one process; start it without torchrun")
     for key, values in (("lengths", options.lengths), ("windows", [options.windows])):
         if wrong := [value for value in values if not (2 if key == "lengths" else 1) <= value <= 2**20]:
             raise UserError(f"--{key} {wrong[0]}: must be {2 if key == 'lengths' else 1} to {2**20:,}")

@@ -24,7 +24,7 @@ from longred_megatron.rope import RopeMethod
 from longred_megatron.settings import Mark, marked_fields
 from longred_megatron.training.microbatches import stable_hash
 
-NUM_TEXTS = 16  # ours: not published. The order of layers of the demo's and of SmolLM2's model no longer changes there
+NUM_TEXTS = 16  # ours: not published
 LONGEST_TEXT = 8192  # tokens; what LongReD measures drift on
 DRIFT = "drift.json"
 

@@ -1,6 +1,8 @@
 """How far models are from an original on the same texts: attention, hidden states and next-token loss."""
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longred_megatron.analysis.walk import LayerValues, walk
+from longred_megatron.errors import UserError
 from longred_megatron.evaluation.models import CHUNK_TOKENS, resolve_device
 from longred_megatron.kernels.attention_divergence import attention_divergence
 from longred_megatron.parallel.world import world
@@ -51,7 +54,10 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def ranks() -> Iterator[Ranks]:
-    """Those that torchrun started; without it, this process alone. They talk over gloo: sums are small."""
+    """Those that torchrun started; without it, this process alone. They talk over gloo: sums are small.
+
+    A user's mistake within the block is the first rank's to tell: every rank finds it.
+    """
     rank, size = world(os.environ)
     if size == 1:
         yield Ranks()
@@ -59,6 +65,11 @@ def ranks() -> Iterator[Ranks]:
     dist.init_process_group("gloo")
     try:
         yield Ranks(rank, size)
+    except UserError:
+        if rank == 0:
+            raise
+        time.sleep(5)  # until the first rank has told, and torchrun ends the others
+        sys.exit(2)
     finally:
         dist.destroy_process_group()
 

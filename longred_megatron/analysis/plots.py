@@ -21,11 +21,12 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def lines(
-    panels: Mapping[str, Series], name: str, xlabel: str, caption: str, mark: float | None = None, log: bool = False
-) -> Plot:
+    panels: Mapping[str, Series], name: str, xlabel: str, caption: str, mark: float | None = None,
+    whole_numbers: bool = True,
+) -> Plot:  # fmt: skip
     """One panel for each title, side by side.
 
-    name: unique on the page. mark: an x with a dotted line. log: whether y is logarithmic.
+    name: unique on the page. mark: an x with a dotted line. whole_numbers: whether only those are marked on the x axis.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.6), layout="constrained")
@@ -37,9 +38,7 @@ def lines(
                 axes.plot(x, y, label=label, markersize=4.5, **style)
             axes.set_title(title)
             axes.set_xlabel(xlabel)
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if log:
-                axes.set_yscale("log")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole_numbers))
             if mark is not None:
                 axes.axvline(mark, color=INK, linewidth=0.9, linestyle=":")
             if len(series) > 1:

@@ -23,7 +23,7 @@ class LayerValues(NamedTuple):
     """Of one layer, numbered from 1. hidden: its output [n, s, hidden], after the final norm for the last layer.
 
     query: [n, heads, s, head_dim]; key, value: [n, key/value heads, s, head_dim]; query and key after RoPE and any norm
-    of heads. scale: of the scores.
+    of heads. scale: of the scores. rotation: cosines and sines of the positions, [n or 1, s, head_dim] each.
     """
 
     layer: int
@@ -32,6 +32,17 @@ class LayerValues(NamedTuple):
     key: Tensor
     value: Tensor
     scale: float
+    rotation: tuple[Tensor, Tensor]
+
+    def before_rope(self, what: str) -> Tensor:
+        """The query, key or value, without the rotation by its position."""
+        x: Tensor = getattr(self, what)
+        if what == "value":
+            return x
+        cos, sin = (table.float()[:, None] for table in self.rotation)
+        x = x.float()
+        first, second = x.chunk(2, dim=-1)
+        return (x * cos - torch.cat((-second, first), dim=-1) * sin) / (cos.square() + sin.square())
 
 
 def open_network(hf: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -68,7 +79,7 @@ def walk(
             use_cache=False,
             heads=heads,
         )
-        yield LayerValues(number, base.norm(hidden) if number == len(base.layers) else hidden, *heads.pop())
+        yield LayerValues(number, base.norm(hidden) if number == len(base.layers) else hidden, *heads.pop(), tables)
 
 
 def other_rotary(network: Any, rope: dict[str, Any] | None = None, max_position_embeddings: int | None = None) -> Any:

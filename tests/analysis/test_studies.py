@@ -1,0 +1,189 @@
+"""The studies of tools/analyze.py against plain transformers, on tiny models."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from longred_megatron.errors import UserError
+from tests.checkpoint.small_models import edit_json, write_model
+from tests.training.workspace import make_workspace
+from tools.analyze import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, and `teacher`, which is near it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    make_workspace(folder)
+    return folder
+
+
+def run(study: str, folder: Path, output: Path, *arguments: str, hf: tuple[str, ...] = ("model", "teacher")) -> Any:
+    models = [str(folder / name) for name in hf]
+    main([study, "--hf", *models, "--output", str(output), "--text", str(folder / "texts"), *arguments])
+    tokens = load_file(output / "tokens.safetensors")["tokens"]
+    page = (output / "report.html").read_text()
+    assert "prefers-color-scheme" in page and page.count("<svg") == page.count("<figcaption>") > 0
+    assert "http" not in page.replace("http://www.w3.org", "")
+    return json.loads((output / "results.json").read_text()), tokens
+
+
+def plain(folder: Path, tokens: Tensor, positions: Tensor | None = None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    mask = torch.ones_like(tokens)  # or jumps in the positions would be borders of documents
+    with torch.no_grad():
+        out = model(
+            tokens, attention_mask=mask, position_ids=positions, output_hidden_states=True, output_attentions=True
+        )
+    return model, out
+
+
+def test_drift_is_that_of_plain_attentions(folder: Path, tmp_path: Path) -> None:
+    scores = ("--scores", "60", "57", "60")
+    arguments = ("--texts", "3", "--length", "40", "--short", "16", *scores)
+    results, tokens = run("drift", folder, tmp_path / "out", *arguments, hf=("model", "teacher", "model"))
+    assert tokens.shape == (3, 40) and [each["score_kept"] for each in results["models"]] == [0.95, 1.0]
+    other, itself = (each["drift"] for each in results["models"])
+    assert set(itself) == {"16", "40"}
+    for drift in itself.values():
+        assert drift["mean_drift"] == 0 and drift["mean_similarity"] == pytest.approx(1)
+    for length, drift in other.items():
+        (_, a), (_, b) = (plain(folder / name, tokens[:, : int(length)]) for name in ("model", "teacher"))
+        for k in range(1, 5):
+            p, q = a.attentions[k - 1].double(), b.attentions[k - 1].double()
+            heads = (p * (p.log() - q.log())).nan_to_num(0).sum(-1).mean((0, 2))
+            torch.testing.assert_close(torch.tensor(drift["heads"][str(k)]).double(), heads, rtol=1e-3, atol=1e-6)
+            cosine = F.cosine_similarity(a.hidden_states[k], b.hidden_states[k], dim=-1).mean().item()
+            assert drift["similarity"][str(k)] == pytest.approx(cosine, abs=1e-4)
+        loss = F.cross_entropy(b.logits[:, :-1].flatten(0, 1), tokens[:, 1 : int(length)].flatten()).item()
+        assert drift["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("points", [80, 8])
+def test_positional_vectors_are_means_over_texts(points: int, folder: Path, tmp_path: Path) -> None:
+    arguments = ("--texts", "5", "--length", "80", "--points", str(points), "--layers", "2", "4")
+    results, tokens = run("positional-vectors", folder, tmp_path / "out", *arguments, hf=("model",))
+    _, out = plain(folder / "model", tokens)
+    edges, [model] = results["edges"], results["models"]
+    assert edges[0] == 0 and edges[-1] == 80 and 64 in edges and len(edges) == points + 1
+    for k in (2, 4):
+        by_position = out.hidden_states[k].mean(0)
+        vectors = by_position - by_position.mean(0)
+        vectors = torch.stack([vectors[a:b].mean(0) for a, b in pairwise(edges)])
+        similarity = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+        torch.testing.assert_close(torch.tensor(model["similarity"][str(k)]), similarity, rtol=0, atol=2e-4)
+        border = edges.index(64)
+        assert model["layers"][str(k)]["across"] == pytest.approx(similarity[:border, border:].mean().item(), abs=1e-3)
+    assert set(model["similarity"]) == {"2", "4"}
+    size = min(8, border // 2, len(similarity) - border)
+    expected = [sum(similarity[b - 1 - i, b + i] for i in range(size)) / size for b in (border, border // 2)]
+    assert model["layers"]["4"]["continuity"] == pytest.approx((expected[0] - expected[1]).item(), abs=1e-3)
+
+
+def test_copies_differ_as_in_plain_transformers(folder: Path, tmp_path: Path) -> None:
+    arguments = ("--texts", "2", "--length", "12", "--copies", "3", "--thetas", "1e4", "--skips", "20")
+    results, tokens = run("perturbation", folder, tmp_path / "out", *arguments, hf=("model",))
+    as_it_is, theta, skip = results["models"]
+    assert [each["change"] for each in results["models"]] == ["", "theta 10000", "skip 20"]
+    packed = tokens.repeat(1, 3)
+    jumps = torch.arange(36)[None] + 20 * torch.arange(3).repeat_interleave(12)
+    for found, positions in ((as_it_is, None), (skip, jumps)):
+        model, out = plain(folder / "model", packed, positions)
+        for pair in found["pairs"]:
+            a, b = (slice(12 * pair[which], 12 * pair[which] + 12) for which in ("first", "second"))
+            assert pair["distance"] == 12 * (pair["second"] - pair["first"])
+            for k in range(1, 5):
+                hidden = out.hidden_states[k]
+                cosine = F.cosine_similarity(hidden[:, a], hidden[:, b], dim=-1).mean().item()
+                assert pair["hidden"][k - 1] == pytest.approx(1 - cosine, abs=1e-4)
+                layer = model.model.layers[k - 1]
+                with torch.no_grad():
+                    query = layer.self_attn.q_proj(layer.input_layernorm(out.hidden_states[k - 1])).unflatten(
+                        2, (-1, 8)
+                    )
+                cosine = F.cosine_similarity(query[:, a], query[:, b], dim=-1).mean().item()
+                assert pair["query"][k - 1] == pytest.approx(1 - cosine, abs=1e-4)
+            p, q = (out.logits[:, each].log_softmax(-1) for each in (a, b))
+            assert pair["logits"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-5)
+    assert theta["pairs"] != as_it_is["pairs"] != skip["pairs"]
+
+
+def test_changes_of_queries_are_those_of_plain_projections(folder: Path, tmp_path: Path) -> None:
+    results, tokens = run("query-states", folder, tmp_path / "out", "--texts", "3", "--length", "32")
+    states: dict[str, list[Tensor]] = {"query": [], "rotated query": []}
+    weights = []
+    for name in ("model", "teacher"):
+        model, out = plain(folder / name, tokens)
+        attention, norm = model.model.layers[1].self_attn, model.model.layers[1].input_layernorm
+        query = attention.q_proj(norm(out.hidden_states[1])).unflatten(2, (4, 8)).transpose(1, 2).detach()
+        cos, sin = model.model.rotary_emb(query, torch.arange(32)[None])
+        states["query"].append(query)
+        states["rotated query"].append(apply_rotary_pos_emb(query, query, cos, sin)[0])
+        weights.append(attention.q_proj.weight.detach().unflatten(0, (4, 8)))
+    for what, (before, after) in states.items():
+        _assert_relative(results["changes"][what], before.pow(2).sum((0, 2)), (after - before).pow(2).sum((0, 2)))
+    before, after = weights
+    _assert_relative(results["changes"]["query weight"], before.pow(2).sum(2), (after - before).pow(2).sum(2))
+    spans = results["changes"]["query"]["spans"]
+    assert spans and [each["share"] for each in spans] == sorted((each["share"] for each in spans), reverse=True)
+
+
+def _assert_relative(found: dict[str, Any], squares: Tensor, differences: Tensor) -> None:
+    """Of layer 2; [heads, dims] each, of which dim i is turned together with dim i + 4."""
+    squares, differences = (x[:, :4] + x[:, 4:] for x in (squares, differences))
+    heads, bands = (differences.sum(dim) / squares.sum(dim) for dim in (1, 0))
+    torch.testing.assert_close(torch.tensor(found["heads"][1]), heads.sqrt(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found["bands"][1]), bands.sqrt(), rtol=1e-3, atol=1e-5)
+    assert found["layers"][1] == pytest.approx((differences.sum() / squares.sum()).sqrt().item(), rel=1e-3)
+
+
+def test_a_change_of_rope_alone_turns_queries_and_changes_no_weight(folder: Path, tmp_path: Path) -> None:
+    other = write_model("phi3", tmp_path / "other")  # its three projections are one
+    write_model("phi3", tmp_path / "model")
+    edit_json(other / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6}, pad_token_id=0)
+    edit_json(tmp_path / "model/config.json", pad_token_id=0)
+    arguments = ("--texts", "2", "--length", "32", "--text", str(folder / "texts"))
+    results, _ = run("query-states", tmp_path, tmp_path / "out", *arguments, hf=("model", "other"))
+    changes = results["changes"]
+    assert changes["query"]["layers"][0] < 1e-5 < 1e-2 < changes["rotated query"]["layers"][0]
+    assert changes["query weight"]["mean"] == changes["value weight"]["mean"] == 0
+
+
+@pytest.mark.parametrize(
+    ("study", "hf", "arguments", "message"),
+    [
+        ("drift", ("model",), [], "nothing to compare"),
+        ("drift", ("model", "teacher"), ["--scores", "1"], "--scores has 1 numbers"),
+        ("drift", ("model", "wide"), [], "wide: cannot be compared with .*hidden_size is 64, there 32"),
+        (
+            "drift",
+            ("model", "teacher"),
+            ["--length", "9000", "--texts", "7"],
+            "windows of 9000 tokens, --texts asks for 7",
+        ),
+        ("drift", ("model", "teacher"), ["--length", "16", "--short", "16"], "--short 16: must be less"),
+        ("drift", ("model",), ["--run", "nothing"], "--run nothing: no run folder with checkpoints"),
+        ("positional-vectors", ("model",), ["--layers", "5"], "--layers 5: the layers of .* are 1 to 4"),
+        ("positional-vectors", ("model",), ["--length", "64"], "--length 64: the texts must reach past"),
+        ("perturbation", ("model",), ["--copies", "1"], "--copies 1: must be 2"),
+        ("perturbation", ("model",), ["--thetas", "0"], "--thetas 0: a base"),
+        ("query-states", ("model",), [], "give two models, before and after"),
+    ],
+)
+def test_bad_input_is_told(
+    study: str, hf: tuple[str, ...], arguments: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    if "wide" in hf:
+        write_model("llama_3", folder / "wide", sizes={"hidden_size": 64})
+    with pytest.raises(UserError, match=message):
+        run(study, folder, tmp_path / "out", *arguments, hf=hf)
+    assert not (tmp_path / "out").exists()
