@@ -10,7 +10,7 @@ from longred_megatron.errors import report_beside, run_cli
 
 EXAMPLES = """examples:
   # how far two models and every checkpoint of a run have left the original, on texts of 512 and of 8,192 tokens
-  python tools/analyze.py drift --hf models/base runs/a/hf --run runs/b --length 8192 --short 512 --output runs/drift
+  python tools/analyze.py drift --hf models/base runs/a/hf --runs runs/b --length 8192 --short 512 --output runs/drift
 
   python tools/analyze.py positional-vectors --hf models/base runs/a/hf --length 8192 --output runs/positions
   python tools/analyze.py perturbation --hf models/base runs/a/hf --thetas 1e6 --skips 4096 --output runs/repeats

@@ -54,7 +54,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     original, *others = models
     check_comparable(models)
     if not others:
-        raise UserError("nothing to compare with the original; give more folders at --hf, or a run at --run")
+        raise UserError("nothing to compare with the original; give more folders at --hf, or a run at --runs")
     if options.scores and (len(options.scores) != len(models) or options.scores[0] <= 0):
         raise UserError(
             f"--scores has {len(options.scores)} numbers: give one for each of the {len(models)} models, > 0"

@@ -65,15 +65,14 @@ def _export(checkpoint: Path, hf: Path) -> None:
     megatron_to_hf(checkpoint, hf)
 
 
-def add_arguments(parser: ArgumentParser, hf: str, length: str, texts: int, runs: bool = True) -> None:
+def add_arguments(parser: ArgumentParser, hf: str, length: str, texts: int) -> None:
     """The flags that studies have in common. hf, length: what they mean there."""
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
     parser.add_argument("--hf", nargs="+", required=True, **folder, help=hf)
-    if runs:
-        parser.add_argument(
-            "--run", nargs="*", default=[], **folder, help="run folders: each of their checkpoints is one more model"
-        )
+    parser.add_argument(  # not --run: torchrun takes that for a short form of its own --run-path
+        "--runs", nargs="*", default=[], **folder, help="run folders: each of their checkpoints is one more model"
+    )
     parser.add_argument("--output", required=True, **folder, help="folder for the numbers and the page")
     parser.add_argument(
         "--text", nargs="*", default=[], metavar="PATH",
@@ -85,7 +84,7 @@ def add_arguments(parser: ArgumentParser, hf: str, length: str, texts: int, runs
 
 
 def models_of(options: Namespace, kind: str) -> list[Model]:
-    """The models of --hf, then the checkpoints of --run by step, after a look at the output folder.
+    """The models of --hf, then the checkpoints of --runs by step, after a look at the output folder.
 
     Raises:
         UserError: one is no model or of an unknown family, a run has no checkpoints, two cannot be compared, or the
@@ -94,11 +93,11 @@ def models_of(options: Namespace, kind: str) -> list[Model]:
     check_output(options.output, kind)
     check_number("texts", options.texts, 1)
     found = [Model(_name(hf), hf, _architecture(hf)) for hf in options.hf]
-    for run in getattr(options, "run", []):
+    for run in options.runs:
         steps = checkpoints(run)
         if not steps:
             raise UserError(
-                f"--run {run}: no run folder with checkpoints; give the run.dir of a run that has saved one"
+                f"--runs {run}: no run folder with checkpoints; give the run.dir of a run that has saved one"
             )
         found += [Model(f"{run.name} step {k}", path, read_description(path).architecture, k) for k, path in steps]
     return found

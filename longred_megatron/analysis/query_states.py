@@ -89,9 +89,9 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         UserError: not two models, they cannot be compared, a run without checkpoints, or texts too short.
     """
     models = models_of(options, KIND)
-    if len(options.hf) + len(options.run) != 2:
+    if len(options.hf) + len(options.runs) != 2:
         raise UserError(
-            f"{len(options.hf)} folders at --hf, {len(options.run)} at --run: give two models, before and after"
+            f"{len(options.hf)} folders at --hf, {len(options.runs)} at --runs: give two models, before and after"
         )
     before, after = models[0], models[-1]
     check_comparable([before, after])

@@ -171,7 +171,7 @@ def test_a_change_of_rope_alone_turns_queries_and_changes_no_weight(folder: Path
             "windows of 9000 tokens, --texts asks for 7",
         ),
         ("drift", ("model", "teacher"), ["--length", "16", "--short", "16"], "--short 16: must be less"),
-        ("drift", ("model",), ["--run", "nothing"], "--run nothing: no run folder with checkpoints"),
+        ("drift", ("model",), ["--runs", "nothing"], "--runs nothing: no run folder with checkpoints"),
         ("positional-vectors", ("model",), ["--layers", "5"], "--layers 5: the layers of .* are 1 to 4"),
         ("positional-vectors", ("model",), ["--length", "64"], "--length 64: the texts must reach past"),
         ("perturbation", ("model",), ["--copies", "1"], "--copies 1: must be 2"),
