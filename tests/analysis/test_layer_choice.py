@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.analysis.measure import Subject, measure_drift
+from longred_megatron.analysis.layer_choice import LayerDrift
+from longred_megatron.analysis.measure import Drift, Subject, measure_drift
 from longred_megatron.analysis.walk import open_network, other_rotary
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
@@ -68,6 +69,13 @@ def test_drift_grows_with_theta_and_factor() -> None:
         others = [Subject(network, other_rotary(network, rope)) for rope in ropes]
         drifts = [each.layers.mean().item() for each in measure_drift(text, Subject(network), others)]
         assert drifts == sorted(drifts) and drifts[0] == 0 < drifts[1], drifts
+
+
+def test_the_last_layer_is_chosen_once_and_at_the_end() -> None:
+    layers = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    found = LayerDrift(Drift(layers[:, None], layers, 0.0, 0.0), torch.zeros(1, 2), {})
+    assert found.ranking == [2, 4, 3, 1]
+    assert [found.chosen(count) for count in (1, 2, 3, 4)] == [[4], [2, 4], [2, 3, 4], [2, 3, 1, 4]]
 
 
 @pytest.mark.parametrize(

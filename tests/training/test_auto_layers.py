@@ -12,7 +12,7 @@ from longred_megatron.recipe import dump_recipe, load_recipe, phases_of, read_ph
 from longred_megatron.recipe.auto_layers import auto_counts, spread, with_layers
 from longred_megatron.train import main
 from tests.training.test_run import train
-from tests.training.workspace import make_workspace, write_recipe
+from tests.training.workspace import make_workspace, read_metrics, write_recipe
 
 AUTO = "objectives.short_restoration.layers={auto: 2}"
 
@@ -30,6 +30,12 @@ def test_every_layout_and_part_of_a_run_trains_the_layers_that_drift(tmp_path: P
     assert f"layers: {{auto: 2}} -> {chosen}" in out
     assert recorded(run) == recorded(run / "checkpoints/step-000001") == recorded(run / "hf") == sorted(chosen)
     assert f"loss/short_restoration/layer_{chosen[0]}" in (run / "metrics.jsonl").read_text()
+    # Every rank trains them: the numbers are those of one process that is told the layers.
+    explicit = f"objectives.short_restoration.layers={sorted(chosen)}"
+    train(path, explicit, "training.steps=1", f"run.dir={tmp_path}/told")
+    [auto], [told] = read_metrics(run), read_metrics(tmp_path / "told")
+    for key in ("loss", "loss/short_restoration", "grad_norm"):
+        assert auto[key] == pytest.approx(told[key], rel=1e-4)
     # Another choice in the record stands for one that another machine made.
     text, other = (run / "recipe.yaml").read_text(), [1 if chosen[0] != 1 else 2, 4]
     assert text.count(f"layers: {sorted(chosen)}") == 1
