@@ -190,8 +190,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(damage: st
 def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_a_checkpoint(tmp_path: Path) -> None:
     recipe = make_workspace(tmp_path, training={"steps": 10_000, "checkpoint_every_steps": 10_000})
     process, run = start(recipe, ranks=2), tmp_path / "run"
-    beat, deadline = run / "ranks" / "rank-00001.json", time.monotonic() + 120
-    while not (beat.exists() and (run / "metrics.jsonl").exists()) and time.monotonic() < deadline:
+    beat, metrics, deadline = run / "ranks" / "rank-00001.json", run / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text()):  # a first step: by then every rank listens
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     os.kill(json.loads(beat.read_text())["pid"], signal.SIGTERM)
     process.communicate(timeout=120)
