@@ -103,12 +103,13 @@ def _entry(model: Model, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _table(results: Sequence[Result]) -> list[list[str]]:
-    rows = [["model", "tokens", "similarity", "attention KL", "loss", "original's loss", "score kept"]]
+    with_scores = results[0].score_kept is not None
+    rows = [["model", "tokens", "similarity", "attention KL", "loss", "original's loss", *with_scores * ["score kept"]]]
     for each in results:
-        drift, kept = each.drift, "" if each.score_kept is None else f"{each.score_kept:.1%}"
+        drift, kept = each.drift, [] if each.score_kept is None else [f"{each.score_kept:.1%}"]
         numbers = [f"{drift.similarity.mean():.4f}", f"{drift.layers.mean():.3e}"]
         losses = [f"{drift.loss:.4f}", f"{drift.original_loss:.4f}"]
-        rows.append([each.model.name, f"{each.length:,}", *numbers, *losses, kept])
+        rows.append([each.model.name, f"{each.length:,}", *numbers, *losses, *kept])
     return rows
 
 

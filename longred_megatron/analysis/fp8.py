@@ -10,6 +10,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,7 @@ KIND = "longred-megatron study of emulated FP8"
 WITH_ATTENTION = "+attention"
 RECIPES = (*get_args(Scaling), f"delayed{WITH_ATTENTION}")
 NOTE = (
-    "emulated: casts to E4M3 in the linear layers (+attention: in the attention core too), sums in fp32, forward "
+    "Emulated: casts to E4M3 in the linear layers (+attention: in the attention core too), sums in fp32, forward "
     "passes only. Not seen: the hardware's shorter sums, and E5M2 in the backward pass"
 )
 CAPTIONS = {
@@ -69,8 +70,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--text", nargs="*", default=[], metavar="PATH",
         help="text files or folders, or one prefix of tools/prepare_data.py; none: Python's standard library",
     )  # fmt: skip
-    parser.add_argument("--lengths", nargs="+", default=[512, 2048], **number, help="tokens of a window (%(default)s)")
-    parser.add_argument("--windows", default=2, **number, help="windows of each length (%(default)s)")
+    parser.add_argument(
+        "--lengths", nargs="+", default=[512, 2048], **number, help="first tokens of a window (%(default)s)"
+    )
+    parser.add_argument("--windows", default=2, **number, help="windows, of the longest length (%(default)s)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all of them")
     parser.add_argument("--seed", default=2024, **number, help="choice of the windows (%(default)s)")
 
@@ -82,20 +85,24 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         UserError: no model, no text, a length that is none, an output that holds something else, or several processes.
     """
     if ranks.size > 1:
-        raise UserError("the study fp8 runs on one process; start it without torchrun")
+        raise UserError(
+            "the study fp8 runs on one process, since delayed scales remember the windows before; start it without "
+            "torchrun"
+        )
     for key, values in (("lengths", options.lengths), ("windows", [options.windows])):
         if wrong := [value for value in values if not (2 if key == "lengths" else 1) <= value <= 2**20]:
             raise UserError(f"--{key} {wrong[0]}: must be {2 if key == 'lengths' else 1} to {2**20:,}")
     read_facts(options.hf)
     read_architecture(options.hf)  # refuses what the emulation does not know, as sliding windows
     check_output(options.output, KIND)
-    windows = {length: _windows(options, length) for length in sorted(set(options.lengths))}
+    lengths = sorted(set(options.lengths))
+    tokens = _windows(options, lengths[-1])
     device = resolve_device("auto")
     network = load_causal_model(options.hf, torch.bfloat16).to(device)
     if not head_is_plain(network, device):
         raise UserError(f"{options.hf}: its logits are not its head on the last hidden states; not supported here")
-    bar = tqdm(total=(1 + len(options.recipes)) * sum(map(len, windows.values())), unit="pass", disable=None)
-    gaps = [gap for tokens in windows.values() for gap in _gaps(network, tokens, options.recipes, bar)]
+    bar = tqdm(total=(1 + len(options.recipes)) * len(tokens) * len(lengths), unit="pass", disable=None)
+    gaps = [gap for length in lengths for gap in _gaps(network, tokens[:, :length], options.recipes, bar)]
     bar.close()
     return Study(
         KIND,
@@ -104,6 +111,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         _table(gaps),
         [_figure(gaps, "loss"), _figure(gaps, "hidden")],
         {"emulated": NOTE, "hf": str(options.hf), "gaps": [asdict(gap) | {"loss_gap": gap.loss_gap} for gap in gaps]},
+        tokens,
     )
 
 
@@ -185,7 +193,10 @@ def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> Plot:
             axes.plot([gap.length for gap in own], values, **style)
         loss = "loss above bf16, nats a token (emulated FP8)"
         axes.set_title(loss if what == "loss" else "last layer: |h - h bf16| / |h bf16| (emulated FP8)")
+        lengths = sorted({gap.length for gap in gaps})
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_xlabel("tokens of the text")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
         return Plot(svg_of(figure, what), CAPTIONS[what])

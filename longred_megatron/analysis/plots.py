@@ -62,12 +62,12 @@ def bars(values: Mapping[str, Mapping[str, float]], name: str, caption: str) -> 
 
 def grids(
     panels: Mapping[str, Tensor], name: str, labels: tuple[str, str], caption: str, ends: Sequence[float] | None = None,
-    first: int = 1, signed: bool = False,
+    first_column: int = 1, signed: bool = False,
 ) -> Plot:  # fmt: skip
     """Matrices [rows, columns] as colours, one panel for each title, with one scale.
 
-    labels: of columns and rows. ends: of columns, where they are bins of something else; else rows and columns are
-    numbered from `first`. signed: values from -1 to 1.
+    labels: of columns and rows. ends: of both, where they are bins of something else; else rows are numbered from 1 and
+    columns from `first_column`. signed: values from -1 to 1.
     """
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(10.4, 4.2 if len(panels) < 3 else 3.4), layout="constrained")
@@ -75,7 +75,7 @@ def grids(
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
             scale = {"cmap": SIGNED, "vmin": -1, "vmax": 1} if signed else {"cmap": HEAT, "vmin": 0, "vmax": most or 1}
-            image = _draw(axes, values, ends, first, scale)
+            image = _draw(axes, values, ends, first_column, scale)
             axes.set_title(title)
             axes.set_xlabel(labels[0])
         all_axes[0].set_ylabel(labels[1])
@@ -83,12 +83,12 @@ def grids(
         return Plot(svg_of(figure, name), caption)
 
 
-def _draw(axes: Axes, values: Tensor, ends: Sequence[float] | None, first: int, scale: dict[str, Any]) -> Any:
+def _draw(axes: Axes, values: Tensor, ends: Sequence[float] | None, first_column: int, scale: dict[str, Any]) -> Any:
     rows, columns = values.shape
     if ends is not None:
         across = down = list(ends)
     else:
-        across, down = ([first - 0.5 + i for i in range(n + 1)] for n in (columns, rows))
+        across, down = ([first - 0.5 + i for i in range(n + 1)] for first, n in ((first_column, columns), (1, rows)))
     image = axes.pcolormesh(across, down, values.numpy(), edgecolors="none", rasterized=True, **scale)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(8, integer=True))

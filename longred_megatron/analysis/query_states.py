@@ -212,7 +212,7 @@ def _figures(changes: dict[str, Change]) -> list[Plot]:
             ("band, fast to slow", "layer"),
             "Relative change by RoPE frequency. Slow bands tell far positions apart, fast ones near ones. Much change "
             "in the fast ones is change at short range: look at the short-text scores.",
-            first=0,
+            first_column=0,
         ),
         grids(
             heads,

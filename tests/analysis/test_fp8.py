@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from longred_megatron.analysis.fp8 import RECIPES
 from longred_megatron.errors import UserError
@@ -16,13 +17,14 @@ def test_the_gaps_of_every_recipe_at_every_length(tmp_path: Path, capsys: pytest
     main([*arguments, "--lengths", "16", "48", "--windows", "3"])
     main([*arguments, "--lengths", "16", "48", "--windows", "3"])  # over its own earlier results
     results = json.loads((output / "results.json").read_text())
-    assert "emulated" in results["emulated"]
+    assert results["emulated"].startswith("Emulated")
     assert [(gap["recipe"], gap["length"]) for gap in results["gaps"]] == [(r, n) for n in (16, 48) for r in RECIPES]
     for gap in results["gaps"]:
         assert gap["num_windows"] == 3 and len(gap["hidden"]) == 4
         assert all(0 < layer < 1 for layer in gap["hidden"])
         assert gap["loss_gap"] == gap["loss"] - gap["loss_bf16"] != 0
     assert len({gap["loss_bf16"] for gap in results["gaps"]}) == 2
+    assert load_file(output / "tokens.safetensors")["tokens"].shape == (3, 48)
     page = (output / "report.html").read_text()
     assert "emulated" in page and page.count("<svg") == 2
     assert "mxfp8" in capsys.readouterr().out

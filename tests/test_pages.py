@@ -1,0 +1,72 @@
+"""Every page in a real browser: drawn whole, in light and dark, on a narrow screen, without asking for anything."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from longred_megatron.doctor.examination import Section
+from longred_megatron.doctor.findings import Finding
+from longred_megatron.doctor.page import render
+from longred_megatron.recipe import load_recipe
+from tests.browser import look, needs_browser
+from tests.evaluation.conftest import byte_tokenizer, llama
+from tests.training.workspace import make_workspace
+from tools import analyze, evaluate, select_layers
+
+pytestmark = needs_browser
+STUDIES = {
+    "drift": ("--short", "16"),
+    "positional-vectors": ("--length", "128"),
+    "perturbation": ("--thetas", "1e6"),
+    "query-states": (),
+}
+NARROW = 500  # pixels: chromium makes no narrower window
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    recipe = make_workspace(folder)
+    texts, models = ("--text", str(folder / "texts")), ("--hf", str(folder / "model"), str(folder / "teacher"))
+    for study, more in STUDIES.items():
+        analyze.main([study, *models, *texts, "--texts", "3", *more, "--output", str(folder / study)])
+    lengths = ("--lengths", "16", "32", "--recipes", "tensorwise", "delayed+attention")
+    analyze.main(["fp8", *models[:2], *texts, *lengths, "--output", str(folder / "fp8")])
+    more = ("--texts", "2", "--rope", "yarn", "--output", str(folder / "layers"))
+    select_layers.main([str(recipe), *more])
+    for name, window in (("original", 128), ("extended", 256)):
+        llama(window).save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    asked = ("--short-windows", "4", "--long-windows", "2", "--samples", "2", "--depths", "2")
+    models = ("--hf", str(folder / "original"), str(folder / "extended"))
+    evaluate.main([*models, *asked, "--output", str(folder / "evaluation")])
+    pages = {path.parent.name: path for path in folder.glob("*/report.html")}
+    sections = [
+        Section("Links", [Finding(f"thing {i}", status, "seen", "change it", trace="a\nb")])
+        for i, status in enumerate(("ok", "wrong", "not tried"))
+    ]
+    pages["doctor"] = folder / "doctor.html"
+    pages["doctor"].write_text(render(sections, load_recipe(recipe), "tools/doctor.py", 1.0))
+    return pages
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "doctor"])
+def test_a_page_can_be_read(name: str, pages: Mapping[str, Path], tmp_path: Path) -> None:
+    by_day, by_night = (look(pages[name], tmp_path, dark) for dark in (False, True))
+    assert by_day.paper > 0.8 and by_night.paper < 0.05
+    for seen in (by_day, by_night, look(pages[name], tmp_path, False, width=NARROW)):
+        assert len(seen.text) > 200 and all(width > 300 and height > 100 for width, height in seen.figures)
+        assert (len(seen.figures) > 0) == (name != "doctor")
+        assert seen.width <= seen.window and seen.faint == {} and seen.asked == []
+
+
+def test_what_cannot_be_read_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text(
+        '<body style="background: #fff; color: #bbb"><p style="width: 2000px">pale</p><img src="http://a.invalid/b">'
+        '<svg><text fill="#ccc">label</text></svg>'
+    )
+    seen = look(page, tmp_path, dark=False)
+    assert seen.faint.keys() == {"pale", "label"}
+    assert seen.width > seen.window and seen.asked == ["http://a.invalid/b"]
