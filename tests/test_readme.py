@@ -83,7 +83,7 @@ def test_the_commands_work_in_their_order(project: Path) -> None:
                 used.add(large)
                 line = line.replace(large, small)
         if "evaluate.py" in line:  # the window of 64 tokens leaves no room for four keys
-            line += " --keys 2 --samples 1 --long-windows 2 --short-windows 2"
+            line += " --keys 2 --prompt-sets 1 --samples 1 --long-windows 2 --short-windows 2"
         done = subprocess.run(
             line, shell=True, cwd=project, env=environment, text=True, capture_output=True, timeout=400
         )

@@ -17,8 +17,9 @@ from longred_megatron.errors import run_cli
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     # Here, since they take seconds: see `run_cli`.
-    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.evaluate import evaluate
     from longred_megatron.evaluation.report import PAGE, format_table
+    from longred_megatron.evaluation.settings import Settings
     from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 
     started = time.perf_counter()

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
       --short-text texts/short.jsonl --long-text texts/books
 
   # a quick look at a long window on one GPU
-  python tools/evaluate.py --hf models/base runs/a/hf --output report --window 131072 --samples 2 --long-windows 4
+  python tools/evaluate.py --hf models/base runs/a/hf --output report --window 131072 --prompt-sets 1 --long-windows 4
 
 Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
 them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
@@ -27,7 +27,8 @@ results.json. It must be new, empty, or hold an earlier report."""
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     from longred_megatron.dtypes import TORCH_DTYPES  # here and below: what takes seconds to import, see `run_cli`
-    from longred_megatron.evaluation.evaluate import Settings
+    from longred_megatron.evaluation.settings import Settings
+    from longred_megatron.evaluation.tasks import TASKS
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -44,7 +45,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("texts and windows").add_argument
     add("--text", default=[], **paths, help="texts for all measurements")
     add("--short-text", **paths, help="texts for the original window, instead of --text")
-    add("--long-text", **paths, help="texts for the extended window and as filler of retrieval prompts")
+    add("--long-text", **paths, help="texts for the extended window and as filler of prompts")
     add(
         "--text-key", default=default.text_key, metavar="KEY",
         help="the text's key in .jsonl lines and its column in .parquet files (%(default)s)",
@@ -53,14 +54,21 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--original-window", **number, help="original window in tokens (default: the reference's)")
     add("--short-windows", default=default.num_short_windows, **number, help="windows of short text (%(default)s)")
     add("--long-windows", default=default.num_long_windows, **number, help="windows of long text (%(default)s)")
-    add = parser.add_argument_group("retrieval").add_argument
+    add = parser.add_argument_group("tasks").add_argument
+    add(
+        "--tasks", nargs="+", default=default.tasks, metavar="NAME",
+        help=f"of {', '.join(TASKS)} (default: {' '.join(default.tasks)})",
+    )  # fmt: skip
     add(
         "--lengths", nargs="+", default=[], **number,
         help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled up to "
         "the extended one)",
     )  # fmt: skip
-    add("--depths", default=default.num_depths, **number, help="depths of the key, evenly spaced (%(default)s)")
-    add("--samples", default=default.num_samples, **number, help="prompts for each length and depth (%(default)s)")
+    add(
+        "--depths", default=default.num_depths, **number, help="places of what is asked for (%(default)s)"
+    )
+    add("--prompt-sets", default=default.num_prompt_sets, **number, help="independent sets of prompts (%(default)s)")
+    add("--samples", default=default.num_samples, **number, help="prompts a set, length and depth (%(default)s)")
     add("--keys", default=default.num_keys, **number, help="keys in a multi-key prompt (%(default)s)")
     add = parser.add_argument_group("running").add_argument
     devices, dtypes = ("auto", "cpu", "cuda"), ("auto", *TORCH_DTYPES)
@@ -74,8 +82,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.evaluate import evaluate
     from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
+    from longred_megatron.evaluation.settings import Settings
 
     report_beside(options.output)
     settings = Settings(
@@ -87,7 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         num_short_windows=options.short_windows,
         num_long_windows=options.long_windows,
         lengths=tuple(sorted(set(options.lengths))),
+        tasks=tuple(options.tasks),
         num_depths=options.depths,
+        num_prompt_sets=options.prompt_sets,
         num_samples=options.samples,
         num_keys=options.keys,
         tokens_per_batch=options.tokens_per_batch,

@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the data's order (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="of each run (default: %(default)s)")
     arguments = parser.parse_args()
-    from longred_megatron.evaluation.evaluate import Settings, evaluate
+    from longred_megatron.evaluation.evaluate import evaluate
     from longred_megatron.evaluation.report import check_output
+    from longred_megatron.evaluation.settings import Settings
 
     check_output(STUDY)
     started = time.perf_counter()
@@ -59,6 +60,7 @@ def main() -> None:
             num_short_windows=32,
             num_long_windows=8,
             lengths=LENGTHS,
+            num_prompt_sets=10,
             num_samples=4,
         ),
         names=list(models),

@@ -4,7 +4,7 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
@@ -14,7 +14,8 @@ import transformers
 
 import longred_megatron
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation import page, report, retrieval
+from longred_megatron.evaluation import page, report
+from longred_megatron.evaluation.haystacks import Haystacks, read_haystacks
 from longred_megatron.evaluation.models import (
     CausalModel,
     ModelFacts,
@@ -25,8 +26,12 @@ from longred_megatron.evaluation.models import (
 )
 from longred_megatron.evaluation.perplexity import loss_by_position
 from longred_megatron.evaluation.report import ModelReport, Report
-from longred_megatron.evaluation.retrieval_text import WORDS
+from longred_megatron.evaluation.settings import Settings
 from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
+from longred_megatron.evaluation.tasks import chosen_tasks
+from longred_megatron.evaluation.tasks.base import Options, Prompt, Task
+from longred_megatron.evaluation.tasks.grid import Grid
+from longred_megatron.evaluation.tasks.results import measure_task
 from longred_megatron.evaluation.texts import (
     TextEncoder,
     TextSource,
@@ -34,7 +39,6 @@ from longred_megatron.evaluation.texts import (
     cut_windows,
     load_encoder,
     text_source,
-    token_stream,
 )
 from longred_megatron.files import write_text
 
@@ -42,67 +46,6 @@ from longred_megatron.files import write_text
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
 # Each costs a forward pass of two models, and a mean over 16 windows of tokens is steady.
 SIMILARITY_WINDOWS = 16
-# Far above what anybody measures: a slip of the hand is told before it costs days.
-LONGEST_TOKENS, MOST_PROMPTS = 100_000_000, 1_000_000
-RANGES = {
-    "num_short_windows": (1, 100_000),
-    "num_long_windows": (1, 100_000),
-    "num_depths": (1, 1_000),
-    "num_samples": (1, 100_000),
-    "num_keys": (2, len(WORDS) // 2),  # a key and its value are different words
-    "tokens_per_batch": (1, 2**31),
-    "seed": (0, 2**63 - 1),
-}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure. Windows and lengths are in tokens; None takes them from the models' configs.
-
-    original_window: default the reference's max_position_embeddings; extended_window: default the largest of
-    the models'; lengths: of retrieval prompts, default a quarter of the original window, doubled up to the
-    extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
-    text_key: the text's key in .jsonl lines, and its column in .parquet files. tokens_per_batch: rows of a window
-    are batched up to this many tokens.
-    """
-
-    short_texts: tuple[Path, ...] = ()
-    long_texts: tuple[Path, ...] = ()
-    text_key: str = "text"
-    original_window: int | None = None
-    extended_window: int | None = None
-    num_short_windows: int = 64
-    num_long_windows: int = 16
-    lengths: tuple[int, ...] = ()
-    num_depths: int = 5
-    num_samples: int = 10
-    num_keys: int = 4
-    tokens_per_batch: int | None = None
-    seed: int = 2024
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def problems(self) -> list[str]:
-        """One sentence for every setting out of its range."""
-        found = [
-            f"--{key.removeprefix('num_').replace('_', '-')} {value}: must be {least:,} to {most:,}"
-            for key, (least, most) in RANGES.items()
-            if (value := getattr(self, key)) is not None and not least <= value <= most
-        ]
-        if not found and (num_prompts := len(self.lengths or "1") * self.num_depths * self.num_samples) > MOST_PROMPTS:
-            found.append(
-                f"--lengths, --depths and --samples make {num_prompts:,} prompts; "
-                f"at most {MOST_PROMPTS:,} can be measured: lower one"
-            )
-        for key, flag in (("original_window", "--original-window"), ("extended_window", "--window")):
-            value = getattr(self, key)
-            if value is not None and not 2 <= value <= LONGEST_TOKENS:
-                found.append(f"{flag} {value}: must be 2 to {LONGEST_TOKENS:,} tokens")
-        return found + [
-            f"--lengths {length}: must be 1 to {LONGEST_TOKENS:,} tokens"
-            for length in self.lengths
-            if not 1 <= length <= LONGEST_TOKENS
-        ]
 
 
 @dataclass(frozen=True)
@@ -111,7 +54,7 @@ class Corpus:
 
     short: Windows
     long: Windows
-    prompts: dict[str, tuple[int, list[retrieval.Prompt]]]
+    prompts: dict[Task, list[Prompt]]
     notes: tuple[str, ...]
 
 
@@ -143,10 +86,11 @@ def evaluate(
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
     short_source, long_source = _sources(settings)
-    lengths = settings.lengths or retrieval.doubling_lengths(original, extended)
+    tasks = chosen_tasks(settings.tasks, Options(num_keys=settings.num_keys))
+    grid = settings.grid(original, extended)
     encoders = [load_encoder(fact.path) for fact in facts]
     corpora = {
-        key: build_corpus(encoder, short_source, long_source, original, extended, lengths, settings)
+        key: build_corpus(encoder, short_source, long_source, original, extended, tasks, grid, settings)
         for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
     }
     base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
@@ -158,12 +102,13 @@ def evaluate(
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
     if len(corpora) > 1:
         notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
-    computed_with = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    derived = {"lengths": list(grid.lengths), "tokens_per_batch": tokens_per_batch}
+    derived |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     finished = Report(
         tuple(results),
         original,
         extended,
-        settings=_plain(settings) | {"lengths": list(lengths), "tokens_per_batch": tokens_per_batch} | computed_with,
+        settings=_plain(settings) | derived,
         versions=_versions(device),
         notes=tuple(notes),
         command=command,
@@ -181,27 +126,34 @@ def build_corpus(
     long_source: TextSource,
     original_window: int,
     extended_window: int,
-    lengths: Sequence[int],
+    tasks: Sequence[Task],
+    grid: Grid,
     settings: Settings,
 ) -> Corpus:
     """Windows and prompts for one tokenizer. Raises `UserError` when the texts are too short."""
     short = cut_windows(short_source, encoder, original_window, settings.num_short_windows, settings.seed)
     long = cut_windows(long_source, encoder, extended_window, settings.num_long_windows, settings.seed)
-    filler = token_stream(long_source, encoder, retrieval.FILLER_WINDOWS * max(lengths), settings.seed)
-    depths = retrieval.even_depths(settings.num_depths)
-    notes, prompts = [], {}
-    for task, num_keys in (("passkey", 1), ("multi-key", settings.num_keys)):
-        of_task = retrieval.build_prompts(
-            encoder, filler, lengths, depths, num_keys, settings.num_samples, settings.seed
-        )
-        left_out = sorted(set(lengths) - {prompt.length for prompt in of_task})
-        if left_out:
-            notes.append(f"{task}: left out at {_list(left_out)} tokens, no room for {num_keys} keys and the question")
-        prompts[task] = (num_keys, of_task)
+    haystacks = read_haystacks(long_source, encoder, grid.lengths, grid.num_prompts_per_length, settings.seed)
+    prompts = {task: task.prompts(encoder, haystacks, grid) for task in tasks}
+    notes = [*_left_out(prompts, grid), *_shared_filler(haystacks, grid)]
     for kind, windows in (("short", short), ("long", long)):
         if windows.num_joined:
             notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
     return Corpus(short, long, prompts, tuple(notes))
+
+
+def _left_out(prompts: Mapping[Task, Sequence[Prompt]], grid: Grid) -> Iterator[str]:
+    for task, of_task in prompts.items():
+        if left_out := sorted(set(grid.lengths) - {prompt.length for prompt in of_task}):
+            yield f"{task.name}: left out at {_list(left_out)} tokens, no room for {task.room_needed()}"
+
+
+def _shared_filler(haystacks: Haystacks, grid: Grid) -> Iterator[str]:
+    needed = grid.num_prompts_per_length
+    shared = {length: number for length in grid.lengths if (number := haystacks.num_distinct(length)) < needed}
+    if shared:
+        held = ", ".join(f"{number:,} of {length:,} tokens" for length, number in shared.items())
+        yield f"prompts share filler: {needed:,} of a length, and the texts' stretches that do not overlap are {held}"
 
 
 def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int) -> ModelReport:
@@ -227,8 +179,7 @@ def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, to
         short=loss_by_position(model, corpus.short, tokens_per_batch, "short texts"),
         long=loss_by_position(model, corpus.long, tokens_per_batch, "long texts"),
         retrieval=tuple(
-            retrieval.measure_retrieval(model, task, num_keys, prompts, tokens_per_batch)
-            for task, (num_keys, prompts) in corpus.prompts.items()
+            measure_task(model, task, prompts, tokens_per_batch) for task, prompts in corpus.prompts.items()
         ),
         similarity=similarity,
         notes=tuple(notes),

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, GenerationConfig
 
 from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.device import cpu_is_forced
@@ -68,6 +69,21 @@ class CausalModel:
             head = nn.Identity()
         for chunk in states.flatten(0, 1).split(chunk_tokens):
             yield head(chunk).float()
+
+    @torch.inference_mode()
+    def continuations(self, tokens: Tensor, num_new_tokens: int) -> list[str]:
+        """What greedy decoding writes after each row: at most `num_new_tokens` tokens, as text, without the token that
+        ended it.
+
+        tokens: [n, s] on the model's device, without padding. Keys and values are kept; logits exist at one
+        position a row.
+        """
+        network: Any = self.network
+        written = network.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=num_new_tokens, do_sample=False
+        )[:, tokens.shape[1] :].tolist()
+        ends = network.generation_config.eos_token_id or ()
+        return [self.encoder.decode(list(takewhile(lambda token: token not in ends, row))) for row in written]
 
 
 def read_facts(path: Path) -> ModelFacts:
@@ -141,7 +157,16 @@ def load_model(
 ) -> CausalModel:
     """Loads the weights of a folder; see `load_causal_model`."""
     network = load_causal_model(facts.path, dtype).to(device)
+    network.generation_config = _greedy_config(network.generation_config, encoder)
     return CausalModel(name, facts, network, encoder, device, head_is_plain(network, device))
+
+
+def _greedy_config(own: GenerationConfig, encoder: TextEncoder) -> GenerationConfig:
+    """For greedy decoding. Of the folder's `own`, which may ask for sampling or for penalties, only the tokens that
+    end a text are kept, beside the tokenizer's."""
+    named = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({*encoder.separator, *(token for token in named if isinstance(token, int))})
+    return GenerationConfig(eos_token_id=ends or None, pad_token_id=ends[0] if ends else None)
 
 
 @torch.inference_mode()

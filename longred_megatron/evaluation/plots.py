@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFo
 
 from longred_megatron.evaluation.perplexity import LossByPosition
 from longred_megatron.evaluation.report import ModelReport, Report
-from longred_megatron.evaluation.retrieval import Retrieval
+from longred_megatron.evaluation.tasks.results import TaskResult
 
 # Stand-ins that `svg_of` turns into CSS variables: matplotlib has to be given some colour, and the page
 # decides which.
@@ -23,6 +23,7 @@ VARIABLES = {INK: "--ink", FAINT: "--faint", REFERENCE_COLOUR: "--m0"} | {
     colour: f"--m{index}" for index, colour in enumerate(MODEL_COLOURS, start=1)
 }
 MARKERS = "osD^vPX*"
+MOST_COLUMNS = 3  # panels in a row of a figure
 # From "nothing found" to "all found": light to dark of one hue, so it reads in grey too.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f3ece2", "#f2c894", "#7fb8a4", "#1f7a78", "#0b4a55"])
 STYLE = {
@@ -91,11 +92,11 @@ def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByP
 
 
 def length_figure(report: Report) -> str:
-    """Retrieval by prompt length, one panel a task."""
+    """Scores by prompt length, one panel a task."""
     with matplotlib.rc_context(STYLE):
         tasks = report.reference.retrieval
-        figure = Figure(figsize=(10.4, 3.5), layout="constrained")
-        for index, axes in enumerate(figure.subplots(1, len(tasks), squeeze=False)[0]):
+        figure, panels = _panels(len(tasks), height=3.5)
+        for index, axes in enumerate(panels):
             for order, model in enumerate(report.models):
                 result = model.retrieval[index]
                 values = [result.accuracy_at(length) for length in result.lengths]
@@ -106,28 +107,37 @@ def length_figure(report: Report) -> str:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_ylim(-0.04, 1.04)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-            axes.set_title(task_title(tasks[index]))
+            axes.set_title(tasks[index].title)
             axes.set_xlabel("prompt length (tokens)")
+            axes.set_ylabel(tasks[index].score_meaning)
             if lengths[0] < report.original_window < lengths[-1]:
                 _mark_original_window(axes, report)
-            if index == 0:
-                axes.set_ylabel("answered in full")
         return svg_of(figure, "length")
 
 
 def heat_figure(model: ModelReport, number: int) -> str:
-    """Retrieval of one model by length and depth, one panel a task. `number` keeps the ids of several figures
-    apart."""
+    """Scores of one model by length and depth, one panel for each task that has depths. `number` keeps the ids of
+    several figures apart."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = Figure(figsize=(10.4, 2.9), layout="constrained")
-        for index, axes in enumerate(figure.subplots(1, len(model.retrieval), squeeze=False)[0]):
-            _draw_heat(axes, model.retrieval[index])
-            if index == 0:
-                axes.set_ylabel("depth of the key")
+        results = [result for result in model.retrieval if result.depths]
+        figure, panels = _panels(len(results), height=2.9)
+        for axes, result in zip(panels, results, strict=True):
+            _draw_heat(axes, result)
         return svg_of(figure, f"heat{number}")
 
 
-def _draw_heat(axes: Axes, result: Retrieval) -> None:
+def _panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, at most `MOST_COLUMNS` beside each other. height: of a row, in inches."""
+    columns = min(number, MOST_COLUMNS)
+    rows = -(-number // columns)
+    figure = Figure(figsize=(10.4, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[number:]:
+        unused.remove()
+    return figure, panels[:number]
+
+
+def _draw_heat(axes: Axes, result: TaskResult) -> None:
     accuracy = {(cell.length, cell.depth): cell.accuracy for cell in result.cells}
     grid = [[accuracy[length, depth] for length in result.lengths] for depth in result.depths]
     axes.pcolormesh(grid, cmap=HEAT, vmin=0, vmax=1, edgecolors="none")
@@ -150,8 +160,9 @@ def _draw_heat(axes: Axes, result: Retrieval) -> None:
     )
     axes.invert_yaxis()
     axes.spines[:].set_visible(False)
-    axes.set_title(f"{task_title(result)}, % answered")
+    axes.set_title(f"{result.title}, %")
     axes.set_xlabel("prompt length (tokens)")
+    axes.set_ylabel("depth")
 
 
 def similarity_figure(report: Report) -> str:
@@ -168,11 +179,6 @@ def similarity_figure(report: Report) -> str:
         axes.set_xlabel("layer (0 = embeddings)")
         axes.set_ylabel("cosine similarity")
         return svg_of(figure, "similarity")
-
-
-def task_title(result: Retrieval) -> str:
-    """The name of a retrieval task, with its number of keys."""
-    return "Passkey (1 key)" if result.num_keys == 1 else f"Multi-key ({result.num_keys} keys, one asked)"
 
 
 def _line(report: Report, model: ModelReport, order: int) -> dict[str, Any]:

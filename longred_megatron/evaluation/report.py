@@ -9,8 +9,8 @@ from typing import Any
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.perplexity import LossByPosition
-from longred_megatron.evaluation.retrieval import Retrieval
 from longred_megatron.evaluation.similarity import LayerSimilarity
+from longred_megatron.evaluation.tasks.results import TaskResult
 from longred_megatron.files import try_output
 
 KIND = "longred_megatron.evaluation"
@@ -31,7 +31,7 @@ class ModelReport:
     num_parameters: int
     short: LossByPosition
     long: LossByPosition
-    retrieval: tuple[Retrieval, ...]
+    retrieval: tuple[TaskResult, ...]
     similarity: LayerSimilarity | None
     notes: tuple[str, ...]
 
@@ -56,7 +56,10 @@ class Report:
 
     def to_json(self) -> str:
         """Every number, with `kind` to know the file by. A number that is not finite becomes null."""
-        return json.dumps(_finite({"kind": KIND, **dataclasses.asdict(self)}), indent=1, allow_nan=False) + "\n"
+        plain = dataclasses.asdict(self)
+        for model in plain["models"]:
+            model["retrieval"] = [{**result.pop("facts"), **result} for result in model["retrieval"]]
+        return json.dumps(_finite({"kind": KIND, **plain}), indent=1, allow_nan=False) + "\n"
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ def summary(report: Report) -> list[Column]:
         columns.append(
             Column(
                 f"{result.task} @{result.lengths[-1]:,}",
-                f"Share of prompts of {result.lengths[-1]:,} tokens answered in full, over all depths"
-                + (f", with {result.num_keys} keys in the prompt" if result.num_keys > 1 else "")
+                f"{result.title}: {result.score_meaning}, over the prompts of {result.lengths[-1]:,} tokens"
+                + (" at all depths" if result.depths else "")
                 + "; higher is better.",
                 _each(report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))),
             )

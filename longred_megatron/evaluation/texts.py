@@ -152,14 +152,3 @@ def cut_windows(source: TextSource, encoder: TextEncoder, window: int, num_windo
         )
     rows = rows[:num_windows]
     return Windows(torch.tensor([[*encoder.start, *row] for row in rows]), num_joined=len(rows) - len(whole))
-
-
-def token_stream(source: TextSource, encoder: TextEncoder, num_tokens: int, seed: int) -> list[int]:
-    """The first `num_tokens` or fewer tokens of all documents in a row, the end-of-text token between
-    them."""
-    tokens: list[int] = []
-    for text in source.documents(seed):
-        tokens += [*encoder.encode(text[: num_tokens * MAX_CHARACTERS_PER_TOKEN]), *encoder.separator]
-        if len(tokens) >= num_tokens:
-            break
-    return tokens[:num_tokens]

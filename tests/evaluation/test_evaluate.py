@@ -10,10 +10,12 @@ import pytest
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation import page
-from longred_megatron.evaluation.evaluate import Settings, default_names, evaluate
+from longred_megatron.evaluation.evaluate import default_names, evaluate
 from longred_megatron.evaluation.report import KIND, Report, format_table
+from longred_megatron.evaluation.settings import Settings
 
-SMALL = {"num_short_windows": 4, "num_long_windows": 2, "num_depths": 3, "num_samples": 2, "num_keys": 3}
+SMALL = {"num_short_windows": 4, "num_long_windows": 2, "num_depths": 3, "num_samples": 2}
+SMALL |= {"num_prompt_sets": 2, "num_keys": 3}
 
 
 def settings_for(text_file: Path, **changes) -> Settings:
@@ -63,7 +65,8 @@ def test_json_holds_every_cell_and_setting(report: Report, output: Path) -> None
             assert result["num_keys"] == num_keys
             cells = {(cell["length"], cell["depth"]): cell for cell in result["cells"]}
             assert set(cells) == {(length, depth) for length in lengths for depth in (0.0, 0.5, 1.0)}
-            assert all(cell["num_samples"] == 2 for cell in cells.values())
+            assert all(cell["num_samples"] == len(cell["scores"]) == 4 for cell in cells.values())
+            assert all(cell["accuracy"] == sum(cell["sets"]) / 2 for cell in cells.values())
     assert len(held["models"][1]["similarity"]["by_layer"]) == 3
 
 
@@ -137,6 +140,9 @@ def test_names_are_the_shortest_ends_that_differ() -> None:
         ({"extended_window": 64}, "--window 64: is below the original window 128"),
         ({"num_samples": 0}, "--samples 0"),
         ({"num_keys": 1}, "--keys 1: must be 2 to 100"),
+        ({"num_prompt_sets": 0}, "--prompt-sets 0"),
+        ({"tasks": ()}, "--tasks: none given"),
+        ({"tasks": ("passkeys",)}, "--tasks passkeys: no such task; did you mean passkey?"),
         ({"lengths": (0,)}, "--lengths 0"),
         ({"dtype": "int8"}, "--dtype int8"),
         ({"tokens_per_batch": 0}, "--tokens-per-batch 0"),

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.evaluate import Settings, evaluate
+from longred_megatron.evaluation.evaluate import evaluate
 from longred_megatron.evaluation.models import read_facts
 from longred_megatron.evaluation.report import check_output
+from longred_megatron.evaluation.settings import Settings
 from longred_megatron.evaluation.texts import load_encoder
 
 NAME = "model.layers.1.mlp.up_proj.weight"
@@ -157,7 +158,9 @@ def test_a_full_disk_does_not_lose_the_numbers(
 
     monkeypatch.setattr("longred_megatron.evaluation.evaluate.write_text", full)
     shown: list[object] = []
-    settings = Settings((text_file,), (text_file,), "text", 64, 256, 2, 2, (256,), 1, 1, 2, device="cpu")
+    settings = Settings(
+        (text_file,), (text_file,), "text", 64, 256, 2, 2, (256,), num_depths=1, num_samples=1, device="cpu"
+    )
     with pytest.raises(OSError, match="No space"):
         evaluate([folders["base"]], tmp_path, settings=settings, show=shown.append)
     assert shown

@@ -6,7 +6,7 @@ import pytest
 from pyarrow import parquet
 
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.texts import cut_windows, encoder_of, text_source, token_stream
+from longred_megatron.evaluation.texts import cut_windows, encoder_of, text_source
 from tests.evaluation.conftest import byte_tokenizer
 
 ENCODER = encoder_of(byte_tokenizer())
@@ -58,12 +58,6 @@ def test_windows_open_with_the_tokenizers_own_start_token(tmp_path: Path) -> Non
 def test_texts_too_short_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"too short.*gives 3 tokens, one window needs 10"):
         cut_windows(source_of(tmp_path, "abc"), ENCODER, 10, 1, seed=0)
-
-
-def test_token_stream_is_documents_in_a_row(tmp_path: Path) -> None:
-    stream = token_stream(source_of(tmp_path, "abc", "de"), ENCODER, 100, seed=0)
-    assert stream == [*ENCODER.encode("abc"), EOS, *ENCODER.encode("de"), EOS]
-    assert token_stream(source_of(tmp_path, "abc", "de"), ENCODER, 2, seed=0) == stream[:2]
 
 
 def test_folders_are_searched_and_their_order_is_seeded(tmp_path: Path) -> None:

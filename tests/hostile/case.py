@@ -11,6 +11,7 @@ type Prepare = Callable[[Path], None]
 SMALL = (
     "--short-windows=1",
     "--long-windows=1",
+    "--prompt-sets=1",
     "--samples=1",
     "--depths=1",
     "--keys=2",

@@ -172,6 +172,8 @@ def command_lines() -> Iterator[Case]:
         "--original-window": ("0", "-1", str(10**15)),
         "--lengths": ("0", "-5", str(10**15)),
         "--depths": ("0", "-1", "1000000", str(10**15)),
+        "--tasks": ("", "passkeys", "../passkey", "x" * 300),
+        "--prompt-sets": ("0", "-1", str(10**15)),
         "--samples": ("0", "-1", str(10**15)),
         "--keys": ("0", "1", "1000000", str(10**15)),
         "--short-windows": ("0", "-1"),
