@@ -99,16 +99,28 @@ def file_digests(path: Path) -> dict[str, str]:
 
 
 def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
-    """Checks that token ids mean the same to student and teacher: vocabulary, added tokens, begin and end tokens.
+    """Checks that token ids mean the same to student and teacher.
 
-    A folder without a tokenizer passes: there is nothing to compare.
-
-    Raises: `UserError` with the first entries that differ, or if transformers cannot load one of them.
+    Raises: `UserError` with the `tokenizer_differences`.
     """
-    digests = file_digests(hf), file_digests(teacher_hf)
+    if problems := tokenizer_differences(hf, teacher_hf):
+        raise UserError(
+            f"model.hf {hf} and teacher.hf {teacher_hf} have different tokenizers: {'; '.join(problems)}; "
+            "the two are compared token by token: choose a teacher with the student's tokenizer"
+        )
+
+
+def tokenizer_differences(hf: Path, other_hf: Path) -> list[str]:
+    """What differs in vocabulary, added tokens, begin and end tokens of two folders, each a phrase.
+
+    A folder without a tokenizer differs in nothing: there is nothing to compare.
+
+    Raises: `UserError` if transformers cannot load one of them.
+    """
+    digests = file_digests(hf), file_digests(other_hf)
     if not all(digests) or digests[0] == digests[1]:
-        return
-    ours, theirs = load_hugging_face(hf), load_hugging_face(teacher_hf)
+        return []
+    ours, theirs = load_hugging_face(hf), load_hugging_face(other_hf)
     problems = []
     entries = sorted(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()), key=lambda entry: entry[::-1])
     if entries:
@@ -119,11 +131,7 @@ def check_same_tokenizer(hf: Path, teacher_hf: Path) -> None:
         for name in ("bos_token", "eos_token")
         if getattr(ours, name) != getattr(theirs, name)
     ]
-    if problems:
-        raise UserError(
-            f"model.hf {hf} and teacher.hf {teacher_hf} have different tokenizers: {'; '.join(problems)}; "
-            "the two are compared token by token: choose a teacher with the student's tokenizer"
-        )
+    return problems
 
 
 class HuggingFaceTokenizer:

@@ -26,6 +26,7 @@ EVALUATE = ("evaluate", *SMALL, "--text", "corpus", "--output", "out", "--hf")
 TO_MEGATRON = ("convert_checkpoint", "hf-to-megatron", "--output", "out", "--hf")
 TO_HF = ("convert_checkpoint", "megatron-to-hf", "--output", "out", "--checkpoint")
 VERIFY = ("convert_checkpoint", "verify", "--hf", "model", "--checkpoint")
+MERGE = ("merge", "--weight", "0.5", "--output", "out", "--hf", "model")
 DEMO_TEXTS = ("make_demo_texts", "--sets", "repeats_128", "--share", "0.001", "--output")
 SMOLLM2 = ("make_smollm2", "--output", "out", "--gguf")
 

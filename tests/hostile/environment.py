@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.hostile.case import EVALUATE, PREPARE, RESUME, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, writing
+from tests.hostile.case import EVALUATE, MERGE, PREPARE, RESUME, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case, writing
 
 ROOT = Path(__file__).parents[2]
 EVERY = {
@@ -15,6 +15,7 @@ EVERY = {
     "hf-to-megatron": (*TO_MEGATRON, "model"),
     "megatron-to-hf": (*TO_HF, "converted"),
     "verify": (*VERIFY, "converted"),
+    "merge": (*MERGE, "teacher"),
 }
 WORLD = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29411"}
 

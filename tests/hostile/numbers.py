@@ -9,6 +9,7 @@ from tests.hostile import bench
 from tests.hostile.case import (
     DEMO_TEXTS,
     EVALUATE,
+    MERGE,
     PREPARE,
     REHEARSE,
     TO_HF,
@@ -26,6 +27,7 @@ READERS = (
     ("evaluate", (*EVALUATE, "model")),
     ("hf-to-megatron", (*TO_MEGATRON, "model")),
     ("rehearse", REHEARSE),
+    ("merge", (*MERGE, "teacher")),
 )
 SIZES = (
     "hidden_size",
@@ -129,7 +131,7 @@ def cases() -> Iterator[Case]:
                 says=(words,) if code == 2 else (),
                 seconds=60 if name == "rehearse" else 10,
             )
-    yield from (*recipes(), *command_lines(), *json_files())
+    yield from (*recipes(), *command_lines(), *merge_weights(), *json_files())
 
 
 def recipes() -> Iterator[Case]:
@@ -217,6 +219,12 @@ def command_lines() -> Iterator[Case]:
         "base=x",
     ):
         yield Case(f"override {brief(override)}", (*TRAIN[:3], override), says=("",))
+
+
+def merge_weights() -> Iterator[Case]:
+    for value in ("-1", "1.5", "nan", "1e999", "x", "9" * 400):
+        words = (*MERGE[:1], f"--weight={value}", *MERGE[3:], "teacher")
+        yield Case(f"merge --weight {brief(value)}", words, says=("--weight",))
 
 
 def json_files() -> Iterator[Case]:

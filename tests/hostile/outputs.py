@@ -8,6 +8,7 @@ from tests.hostile import bench
 from tests.hostile.case import (
     DEMO_TEXTS,
     EVALUATE,
+    MERGE,
     PREPARE,
     RESUME,
     SMOLLM2,
@@ -35,6 +36,7 @@ COMMANDS: dict[str, tuple[Words, str]] = {
         lambda out: (*TO_HF[:2], "--output", out, "--checkpoint", "converted"),
         "--output|PATH",
     ),
+    "merge --output": (lambda out: (*MERGE[:4], out, *MERGE[5:], "teacher"), "--output|PATH"),
     "make_demo_texts --output": (lambda out: (*DEMO_TEXTS, out), "--output|PATH"),
     "make_smollm2 --output": (lambda out: ("make_smollm2", "--output", out, "--gguf", "notes.txt"), "--output|PATH"),
 }
@@ -91,6 +93,7 @@ def in_use() -> Iterator[Case]:
     for command in (
         "evaluate --output",
         "hf-to-megatron --output",
+        "merge --output",
         "megatron-to-hf --output",
         "train run.dir",
         "make_smollm2 --output",
@@ -140,6 +143,7 @@ def full_disks() -> Iterator[Case]:
         "prepare_data --output": (),
         "evaluate --output": (),
         "hf-to-megatron --output": (),
+        "merge --output": (),
         "megatron-to-hf --output": (),
         "make_demo_texts --output": (),
         "train debug.dump_microbatches": ("out", "dumps"),

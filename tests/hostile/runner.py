@@ -24,7 +24,7 @@ from tests.hostile.judge import Outcome, judge, snapshot
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     name: ROOT / "tools" / f"{name}.py"
-    for name in ("prepare_data", "evaluate", "convert_checkpoint", "make_demo_texts", "make_smollm2")
+    for name in ("prepare_data", "evaluate", "convert_checkpoint", "merge", "make_demo_texts", "make_smollm2")
 }
 TRAIN = "longred_megatron.train"
 WARM = (
@@ -37,6 +37,7 @@ WARM = (
     TRAIN,
     "longred_megatron.training.rehearsal",
     "longred_megatron.checkpoint.convert",
+    "longred_megatron.checkpoint.merging",
     "longred_megatron.data.prepare",
     "longred_megatron.evaluation.evaluate",
     "transformers.models.auto.modeling_auto",

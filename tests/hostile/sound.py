@@ -2,7 +2,19 @@
 
 from collections.abc import Iterator
 
-from tests.hostile.case import DEMO_TEXTS, EVALUATE, PREPARE, REHEARSE, RESUME, TO_HF, TO_MEGATRON, TRAIN, VERIFY, Case
+from tests.hostile.case import (
+    DEMO_TEXTS,
+    EVALUATE,
+    MERGE,
+    PREPARE,
+    REHEARSE,
+    RESUME,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    VERIFY,
+    Case,
+)
 
 
 def cases() -> Iterator[Case]:
@@ -15,5 +27,6 @@ def cases() -> Iterator[Case]:
     yield Case("megatron-to-hf of a conversion", (*TO_HF, "converted"), code=0)
     yield Case("megatron-to-hf of a run", (*TO_HF, "run/checkpoints/step-000002"), code=0)
     yield Case("verify", (*VERIFY, "converted"), code=0)
+    yield Case("merge", (*MERGE, "teacher"), code=0)
     yield Case("make_demo_texts", (*DEMO_TEXTS, "out"), code=0)
     yield Case("rehearse", REHEARSE, code=0, seconds=120, quick=False)

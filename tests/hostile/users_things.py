@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longred_megatron.files import MARKER
-from tests.hostile.case import DEMO_TEXTS, EVALUATE, PREPARE, RESUME, TO_HF, TO_MEGATRON, TRAIN, Case
+from tests.hostile.case import DEMO_TEXTS, EVALUATE, MERGE, PREPARE, RESUME, TO_HF, TO_MEGATRON, TRAIN, Case
 
 OUTPUTS = {
     "train": (TRAIN, "out"),
     "hf-to-megatron": ((*TO_MEGATRON, "model"), "out"),
     "megatron-to-hf": ((*TO_HF, "converted"), "out"),
+    "merge": ((*MERGE, "teacher"), "out"),
     "prepare_data": ((*PREPARE, "corpus"), "out/set"),
     "evaluate": ((*EVALUATE, "model"), "out"),
     "make_demo_texts": ((*DEMO_TEXTS, "out"), "out"),
