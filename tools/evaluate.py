@@ -20,6 +20,10 @@ EXAMPLES = """examples:
   # a quick look at a long window on one GPU
   python tools/evaluate.py --hf models/base runs/a/hf --output report --window 131072 --prompt-sets 1 --long-windows 4
 
+  # RULER's tasks, of which those of question answering need questions
+  python tools/evaluate.py --hf models/base runs/a/hf --output report --long-text texts/books \\
+      --tasks ruler --questions squad.jsonl --lengths 4096 8192 16384 32768 --prompt-sets 2 --samples 2
+
 Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
 them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
 results.json. It must be new, empty, or hold an earlier report."""
@@ -28,7 +32,7 @@ results.json. It must be new, empty, or hold an earlier report."""
 def parse(arguments: list[str]) -> argparse.Namespace:
     from longred_megatron.dtypes import TORCH_DTYPES  # here and below: what takes seconds to import, see `run_cli`
     from longred_megatron.evaluation.settings import Settings
-    from longred_megatron.evaluation.tasks import TASKS
+    from longred_megatron.evaluation.tasks import GROUPS, TASKS
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -57,19 +61,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument_group("tasks").add_argument
     add(
         "--tasks", nargs="+", default=default.tasks, metavar="NAME",
-        help=f"of {', '.join(TASKS)} (default: {' '.join(default.tasks)})",
+        help=f"of {', '.join(TASKS)}; {', '.join(GROUPS)} for all of them (default: {' '.join(default.tasks)})",
     )  # fmt: skip
     add(
         "--lengths", nargs="+", default=[], **number,
         help="prompt lengths in tokens, answer included (default: a quarter of the original window, doubled up to "
         "the extended one)",
     )  # fmt: skip
-    add(
-        "--depths", default=default.num_depths, **number, help="places of what is asked for (%(default)s)"
-    )
+    add("--depths", default=default.num_depths, **number, help="places of what is asked for (%(default)s)")
     add("--prompt-sets", default=default.num_prompt_sets, **number, help="independent sets of prompts (%(default)s)")
     add("--samples", default=default.num_samples, **number, help="prompts a set, length and depth (%(default)s)")
     add("--keys", default=default.num_keys, **number, help="keys in a multi-key prompt (%(default)s)")
+    add(
+        "--questions", type=Path, metavar="FILE",
+        help='for qa_1 and qa_2: .jsonl, {"question": ..., "answers": [...], "context": ...} a line, or "documents": '
+        "[...] for a question that needs several",
+    )  # fmt: skip
     add = parser.add_argument_group("running").add_argument
     devices, dtypes = ("auto", "cpu", "cuda"), ("auto", *TORCH_DTYPES)
     add("--device", choices=devices, default=default.device, help="default: CUDA where there is a GPU")
@@ -101,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_prompt_sets=options.prompt_sets,
         num_samples=options.samples,
         num_keys=options.keys,
+        questions=options.questions,
         tokens_per_batch=options.tokens_per_batch,
         seed=options.seed,
         device=options.device,

@@ -28,8 +28,8 @@ from longred_megatron.evaluation.perplexity import loss_by_position
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.settings import Settings
 from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
-from longred_megatron.evaluation.tasks import chosen_tasks
-from longred_megatron.evaluation.tasks.base import Options, Prompt, Task
+from longred_megatron.evaluation.tasks import chosen_tasks, make_prompts
+from longred_megatron.evaluation.tasks.base import Prompt, Task
 from longred_megatron.evaluation.tasks.grid import Grid
 from longred_megatron.evaluation.tasks.results import measure_task
 from longred_megatron.evaluation.texts import (
@@ -86,20 +86,21 @@ def evaluate(
     tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     dtype = resolve_dtype(settings.dtype, device)
     short_source, long_source = _sources(settings)
-    tasks = chosen_tasks(settings.tasks, Options(num_keys=settings.num_keys))
+    tasks, tasks_left_out = chosen_tasks(settings.tasks, settings.options())
     grid = settings.grid(original, extended)
     encoders = [load_encoder(fact.path) for fact in facts]
     corpora = {
         key: build_corpus(encoder, short_source, long_source, original, extended, tasks, grid, settings)
         for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
     }
+    shared_tasks = [task for task in tasks if all(task in corpus.prompts for corpus in corpora.values())]
     base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
     results = []
     for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
         model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
-        results.append(measure_model(model, base, corpora[encoder.fingerprint], tokens_per_batch))
+        results.append(measure_model(model, base, corpora[encoder.fingerprint], shared_tasks, tokens_per_batch))
         del model  # so that no more than the reference and one other are in memory
-    notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}"]
+    notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}", *tasks_left_out]
     if len(corpora) > 1:
         notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
     derived = {"lengths": list(grid.lengths), "tokens_per_batch": tokens_per_batch}
@@ -134,8 +135,8 @@ def build_corpus(
     short = cut_windows(short_source, encoder, original_window, settings.num_short_windows, settings.seed)
     long = cut_windows(long_source, encoder, extended_window, settings.num_long_windows, settings.seed)
     haystacks = read_haystacks(long_source, encoder, grid.lengths, grid.num_prompts_per_length, settings.seed)
-    prompts = {task: task.prompts(encoder, haystacks, grid) for task in tasks}
-    notes = [*_left_out(prompts, grid), *_shared_filler(haystacks, grid)]
+    prompts, notes = make_prompts(tasks, settings.tasks, encoder, haystacks, grid)
+    notes += [*_left_out(prompts, grid), *_shared_filler(haystacks, grid)]
     for kind, windows in (("short", short), ("long", long)):
         if windows.num_joined:
             notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
@@ -156,8 +157,11 @@ def _shared_filler(haystacks: Haystacks, grid: Grid) -> Iterator[str]:
         yield f"prompts share filler: {needed:,} of a length, and the texts' stretches that do not overlap are {held}"
 
 
-def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, tokens_per_batch: int) -> ModelReport:
-    """All measurements of one model; `reference` may be the model itself, which then has no similarity."""
+def measure_model(
+    model: CausalModel, reference: CausalModel, corpus: Corpus, tasks: Sequence[Task], tokens_per_batch: int
+) -> ModelReport:
+    """All measurements of one model; `reference` may be the model itself, which then has no similarity. tasks: those
+    of `corpus` to measure, the same for every model."""
     notes = list(corpus.notes)
     similarity = None
     if model is not reference:
@@ -178,9 +182,7 @@ def measure_model(model: CausalModel, reference: CausalModel, corpus: Corpus, to
         num_parameters=model.num_parameters,
         short=loss_by_position(model, corpus.short, tokens_per_batch, "short texts"),
         long=loss_by_position(model, corpus.long, tokens_per_batch, "long texts"),
-        retrieval=tuple(
-            measure_task(model, task, prompts, tokens_per_batch) for task, prompts in corpus.prompts.items()
-        ),
+        retrieval=tuple(measure_task(model, task, corpus.prompts[task], tokens_per_batch) for task in tasks),
         similarity=similarity,
         notes=tuple(notes),
     )

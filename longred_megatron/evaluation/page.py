@@ -34,10 +34,11 @@ def render(report: Report) -> str:
 def _finding(model: ModelReport, reference: ModelReport) -> str:
     """One sentence on what a model gained and kept, from the numbers of the summary."""
     parts = []
-    for ours, theirs in zip(model.retrieval, reference.retrieval, strict=True):
-        length = ours.lengths[-1]
-        before = f"{percent(theirs.accuracy_at(length))} → " if length in theirs.lengths else ""
-        parts.append(f"{ours.task} at {length:,} tokens {before}{percent(ours.accuracy_at(length))}")
+    theirs_by_name = {theirs.name: theirs.scores for theirs in reference.by_length}
+    for ours in model.by_length:
+        before = theirs_by_name.get(ours.name, {}).get(ours.longest)
+        at = f"{ours.name} at {ours.longest:,} tokens"
+        parts.append(f"{at} {'' if before is None else f'{percent(before)} → '}{percent(ours.scores[ours.longest])}")
     for kind, theirs_loss, ours_loss in (
         ("long", reference.long, model.long),
         ("short", reference.short, model.short),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.by_length import ByLength, scores_by_length
 from longred_megatron.evaluation.perplexity import LossByPosition
 from longred_megatron.evaluation.similarity import LayerSimilarity
 from longred_megatron.evaluation.tasks.results import TaskResult
@@ -34,6 +35,11 @@ class ModelReport:
     retrieval: tuple[TaskResult, ...]
     similarity: LayerSimilarity | None
     notes: tuple[str, ...]
+
+    @property
+    def by_length(self) -> list[ByLength]:
+        """The scores of every task, or of its group, by length."""
+        return scores_by_length(self.retrieval)
 
 
 @dataclass(frozen=True)
@@ -100,16 +106,14 @@ def summary(report: Report) -> list[Column]:
             _each(report, lambda m: number(m.long.perplexity)),
         ),
     ]
-    for index, result in enumerate(report.reference.retrieval):
-        columns.append(
-            Column(
-                f"{result.task} @{result.lengths[-1]:,}",
-                f"{result.title}: {result.score_meaning}, over the prompts of {result.lengths[-1]:,} tokens"
-                + (" at all depths" if result.depths else "")
-                + "; higher is better.",
-                _each(report, lambda m, i=index: percent(m.retrieval[i].accuracy_at(m.retrieval[i].lengths[-1]))),
-            )
+    columns += [
+        Column(
+            f"{scores.name} @{scores.longest:,}",
+            f"{scores.title}: {scores.score_meaning}, over all prompts of {scores.longest:,} tokens; higher is better.",
+            _each(report, lambda m, name=scores.name: _at_longest(m, name)),
         )
+        for scores in report.reference.by_length
+    ]
     columns.append(
         Column(
             "similarity",
@@ -118,6 +122,11 @@ def summary(report: Report) -> list[Column]:
         )
     )
     return columns
+
+
+def _at_longest(model: ModelReport, name: str) -> str:
+    """The score of a task or group at the longest prompts of the model."""
+    return next((percent(each.scores[each.longest]) for each in model.by_length if each.name == name), "-")
 
 
 def format_table(report: Report) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from longred_megatron.evaluation.retrieval_text import WORDS
 from longred_megatron.evaluation.tasks import DEFAULT_TASKS
+from longred_megatron.evaluation.tasks.base import Options
 from longred_megatron.evaluation.tasks.grid import Grid, doubling_lengths, even_depths
 
 # Far above what anybody measures: a slip of the hand is told before it costs days.
@@ -28,9 +29,9 @@ class Settings:
     original_window: default the reference's max_position_embeddings; extended_window: default the largest of
     the models'; lengths: of retrieval prompts, default a quarter of the original window, doubled up to the
     extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
-    text_key: the text's key in .jsonl lines, and its column in .parquet files. tasks: names in `TASKS`; of each,
-    num_prompt_sets independent sets with num_samples prompts for every length and depth. tokens_per_batch: rows of a
-    window are batched up to this many tokens.
+    text_key: the text's key in .jsonl lines, and its column in .parquet files. tasks: names in `TASKS` or `GROUPS`;
+    of each, num_prompt_sets independent sets with num_samples prompts for every length and depth. questions: a file of
+    them, see `read_questions`. tokens_per_batch: rows of a window are batched up to this many tokens.
     """
 
     short_texts: tuple[Path, ...] = ()
@@ -46,6 +47,7 @@ class Settings:
     num_prompt_sets: int = 3
     num_samples: int = 4
     num_keys: int = 4
+    questions: Path | None = None
     tokens_per_batch: int | None = None
     seed: int = 2024
     device: str = "auto"
@@ -55,6 +57,10 @@ class Settings:
         """The prompts of each task."""
         lengths = self.lengths or doubling_lengths(original_window, extended_window)
         return Grid(lengths, even_depths(self.num_depths), self.num_prompt_sets, self.num_samples, self.seed)
+
+    def options(self) -> Options:
+        """What single tasks ask for."""
+        return Options(num_keys=self.num_keys, questions=self.questions)
 
     def problems(self) -> list[str]:
         """One sentence for every setting out of its range."""

@@ -4,6 +4,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -17,9 +18,14 @@ from longred_megatron.evaluation.texts import TextEncoder
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says of single tasks. num_keys: in a multi-key prompt."""
+    """What the user says of single tasks. num_keys: in a multi-key prompt; questions: a file of them."""
 
     num_keys: int = 4
+    questions: Path | None = None
+
+
+class NoRoomError(UserError):
+    """No prompt of a task fits into any of the lengths."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,11 @@ class Task(ABC):
 
     name: on the command line and in results.json; title: on the page; score_meaning: what a mean score is, to
     be read before "of prompts of 2,048 tokens"; rule: how an answer is scored, for people who repeat it; has_depths:
-    whether `Place.depth` means something to it.
+    whether `Place.depth` means something to it; group: a name for several tasks whose mean score is one figure.
     """
 
     name: ClassVar[str]
+    group: ClassVar[str | None] = None
     has_depths: ClassVar[bool] = True
     title: str
     score_meaning: str
@@ -86,6 +93,11 @@ class Task(ABC):
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    @classmethod
+    def missing(cls, options: Options) -> str | None:
+        """What the user has to give before its prompts can be made, None if nothing."""
+        return None
 
     def problems(self) -> list[str]:
         """What is wrong with its options, one sentence each."""
@@ -113,7 +125,7 @@ class Task(ABC):
 
     def prompts(self, encoder: TextEncoder, haystacks: Haystacks, grid: Grid) -> list[Prompt]:
         """All prompts of `grid`, a pure function of the arguments, by length. A length that has no room for one of
-        them is left out; raises `UserError` when none is left."""
+        them is left out; raises `NoRoomError` when none is left."""
         found: list[Prompt] = []
         for length in grid.lengths:
             of_length = [self.prompt(place) for place in self._places(encoder, haystacks, grid, length)]
@@ -121,7 +133,7 @@ class Task(ABC):
             if len(prompts) == len(of_length):
                 found += prompts
         if not found:
-            raise UserError(
+            raise NoRoomError(
                 f"--lengths {' '.join(map(str, grid.lengths))}: none has room for {self.room_needed()} ({self.name}); "
                 "give longer ones"
             )

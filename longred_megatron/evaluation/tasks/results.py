@@ -30,9 +30,10 @@ class Cell:
 @dataclass(frozen=True)
 class TaskResult:
     """All cells of one task. lengths: in order; depths: in order, empty where the task has none. facts: what of the
-    task's options decided its prompts."""
+    task's options decided its prompts. group: see `Task`."""
 
     task: str
+    group: str | None
     title: str
     score_meaning: str
     facts: dict[str, int | str]
@@ -59,6 +60,7 @@ def measure_task(model: CausalModel, task: Task, prompts: Sequence[Prompt], toke
     cells = tuple(_cell(length, depth, of_cell) for (length, depth), of_cell in scores.items())
     return TaskResult(
         task=task.name,
+        group=task.group,
         title=task.title,
         score_meaning=task.score_meaning,
         facts=task.facts(),

@@ -99,7 +99,8 @@ def test_sets_share_nothing_that_is_drawn() -> None:
 
 
 def test_tasks_are_chosen_by_name() -> None:
-    assert [task.name for task in chosen_tasks(["multi-key", "passkey", "passkey"], Options())] == [*DEFAULT_TASKS]
+    tasks, notes = chosen_tasks(["multi-key", "passkey", "passkey"], Options())
+    assert [task.name for task in tasks] == [*DEFAULT_TASKS] and notes == []
     message = "--tasks paskey: no such task; did you mean passkey?"
     with pytest.raises(UserError, match=re.escape(message)):
         chosen_tasks(["paskey"], Options())

@@ -42,7 +42,8 @@ class Copier(nn.Module):
 
 
 def task_of(name: str, num_keys: int = 4) -> Task:
-    return chosen_tasks([name], Options(num_keys=num_keys))[0]
+    [task], _ = chosen_tasks([name], Options(num_keys=num_keys))
+    return task
 
 
 def grid_of(lengths: Sequence[int] = LENGTHS, depths: Sequence[float] = DEPTHS, num_samples: int = 2, seed: int = 0):
