@@ -27,7 +27,8 @@ EXAMPLES = """examples:
   python tools/doctor.py recipes/tiny_longred_c.yaml
 
 exit code: 0 if no fault was found, 1 if one was, 2 for a mistake in the recipe or the command.
-The output folder gets doctor.html, one page, and results.json with every number."""
+The output folder gets doctor.html, one page, and results.json with every number. It must be new, empty, or hold an
+earlier examination."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,21 +56,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _examine(options: argparse.Namespace, command: str, is_main: bool) -> bool:
     from longred_megatron.doctor.examination import examine, is_healthy, leave, verdict  # takes seconds
-    from longred_megatron.doctor.page import write
-    from longred_megatron.files import try_output
+    from longred_megatron.doctor.page import KIND, PAGE, write
+    from longred_megatron.evaluation.report import check_output
     from longred_megatron.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     if options.output and is_main:
         report_beside(options.output)
-        try_output(options.output / "doctor.html", "--output")
+        check_output(options.output, KIND)
     started = time.perf_counter()
     sections = examine(recipe, lambda line: print(line, flush=True))
     if is_main:
         seconds = time.perf_counter() - started
         if options.output:
             write(options.output, sections, recipe, command, seconds)
-            print(f"\n{options.output / 'doctor.html'} has all of it")
+            print(f"\n{options.output / PAGE} has all of it")
         last_word = f"{verdict(sections)} ({seconds:.0f} s)"
         print(f"\n{last_word}", flush=True)
         if not is_healthy(sections):

@@ -59,7 +59,8 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         raise UserError(
             f"--scores has {len(options.scores)} numbers: give one for each of the {len(models)} models, > 0"
         )
-    length = options.length or min(original.architecture.max_position_embeddings, 8192)
+    window = original.architecture.max_position_embeddings
+    length = min(window, 8192) if options.length is None else options.length
     tokens = texts_of(options, original, length)
     lengths = [length]
     if options.short is not None:

@@ -76,7 +76,8 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         check_number("skips", skip, 1)
     if wrong := [theta for theta in options.thetas if not 1 < theta < 1e20]:
         raise UserError(f"--thetas {wrong[0]:g}: a base of RoPE is more than 1 and less than 1e20")
-    block = options.length or models[0].architecture.max_position_embeddings // options.copies
+    window = models[0].architecture.max_position_embeddings
+    block = window // options.copies if options.length is None else options.length
     tokens = texts_of(options, models[0], block)
     found: dict[str, Copies] = {}
     entries = []

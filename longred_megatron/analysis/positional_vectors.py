@@ -96,8 +96,8 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         UserError: no model, a layer that is not there, texts that do not reach past the window, or are too short.
     """
     models = models_of(options, KIND)
-    window = options.window or models[0].architecture.max_position_embeddings
-    length = options.length or 2 * window
+    window = models[0].architecture.max_position_embeddings if options.window is None else options.window
+    length = 2 * window if options.length is None else options.length
     check_number("points", options.points, 8)
     check_number("window", window, 4)
     if length < window + 2:

@@ -96,7 +96,8 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     before, after = models[0], models[-1]
     check_comparable([before, after])
     window = before.architecture.max_position_embeddings
-    tokens = texts_of(options, before, options.length or min(window, 8192))
+    length = min(window, 8192) if options.length is None else options.length
+    tokens = texts_of(options, before, length)
     networks = before.open(), after.open()
     bar = tqdm(total=len(ranks.part(tokens)), unit="text", disable=None if ranks.is_main else True)
     with bar:

@@ -8,10 +8,12 @@ from pathlib import Path
 import jinja2
 
 from longred_megatron.doctor.examination import Section, is_healthy, verdict
+from longred_megatron.evaluation.report import RESULTS
 from longred_megatron.files import write_text
 from longred_megatron.recipe import Recipe, dump_recipe
 
-PAGE, RESULTS = "doctor.html", "results.json"
+KIND = "longred-megatron examination by doctor"
+PAGE = "doctor.html"
 
 # Autoescape: paths, hosts and messages come from outside.
 _ENVIRONMENT = jinja2.Environment(
@@ -30,6 +32,7 @@ def write(folder: Path, sections: Sequence[Section], recipe: Recipe, command: st
     text = render(sections, recipe, command, seconds)
     write_text(folder / PAGE, text)
     values = {
+        "kind": KIND,
         "verdict": verdict(sections),
         "healthy": is_healthy(sections),
         "seconds": seconds,

@@ -8,13 +8,18 @@ from pathlib import Path
 from tests.hostile import bench
 from tests.hostile.case import (
     DEMO_TEXTS,
+    DRIFT,
     EVALUATE,
+    FP8,
     MERGE,
+    PERTURBATION,
     PREPARE,
     REHEARSE,
+    SELECT,
     TO_HF,
     TO_MEGATRON,
     TRAIN,
+    VECTORS,
     VERIFY,
     Case,
     Prepare,
@@ -131,7 +136,7 @@ def cases() -> Iterator[Case]:
                 says=(words,) if code == 2 else (),
                 seconds=60 if name == "rehearse" else 10,
             )
-    yield from (*recipes(), *command_lines(), *merge_weights(), *json_files())
+    yield from (*recipes(), *of_analyses(), *command_lines(), *merge_weights(), *json_files())
 
 
 def recipes() -> Iterator[Case]:
@@ -165,6 +170,33 @@ def setting(key: str, value: object) -> Prepare:
         path.write_text(yaml.safe_dump(values))
 
     return prepare
+
+
+def of_analyses() -> Iterator[Case]:
+    """Flags of select_layers and of the studies."""
+    sizes = ("0", "-1", "x", "1.5", str(10**15), "9" * 400)
+    select, drift = ("select_layers", SELECT), ("drift", (*DRIFT, "model", "run/hf"))
+    vectors, perturbation = ("positional-vectors", (*VECTORS, "model")), ("perturbation", (*PERTURBATION, "model"))
+    fp8 = ("fp8", (*FP8, "model"))
+    for (name, words), flag, values in (
+        (select, "--texts", sizes),
+        (select, "--length", sizes),
+        (select, "--rope", ("{method: abf, theta: 0}", "spiral", "[1]", "{", "", "{method: pi, factor: .nan}")),
+        (drift, "--texts", sizes),
+        (drift, "--length", sizes),
+        (drift, "--short", sizes),
+        (drift, "--scores", ("nan", "x", "0.5")),
+        (vectors, "--window", sizes),
+        (vectors, "--points", sizes),
+        (vectors, "--layers", sizes),
+        (perturbation, "--copies", sizes),
+        (perturbation, "--skips", sizes[1:]),
+        (perturbation, "--thetas", ("0", "-1", "x", "nan", "inf", "1e308")),
+        (fp8, "--lengths", sizes),
+        (fp8, "--windows", sizes),
+    ):
+        for value in values:
+            yield Case(f"{name} {flag} {brief(value)}", (*words, f"{flag}={value}"), says=(flag[2:],))
 
 
 def command_lines() -> Iterator[Case]:

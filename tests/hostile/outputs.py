@@ -7,10 +7,14 @@ from pathlib import Path
 from tests.hostile import bench
 from tests.hostile.case import (
     DEMO_TEXTS,
+    DOCTOR,
+    DRIFT,
     EVALUATE,
+    FP8,
     MERGE,
     PREPARE,
     RESUME,
+    SELECT,
     SMOLLM2,
     TO_HF,
     TO_MEGATRON,
@@ -31,6 +35,10 @@ COMMANDS: dict[str, tuple[Words, str]] = {
     ),
     "prepare_data --output": (lambda out: (*PREPARE[:-3], "--output", f"{out}", "--input", "corpus"), "--output|PATH"),
     "evaluate --output": (lambda out: (*EVALUATE[:-2], out, "--hf", "model"), "--output|PATH"),
+    "select_layers --output": (lambda out: (*SELECT, "--output", out), "--output|PATH"),
+    "analyze drift --output": (lambda out: (*DRIFT, "model", "run/hf", "--output", out), "--output|PATH"),
+    "analyze fp8 --output": (lambda out: (*FP8, "model", "--output", out), "--output|PATH"),
+    "doctor --output": (lambda out: (*DOCTOR[:-1], out), "--output|PATH"),
     "hf-to-megatron --output": (lambda out: (*TO_MEGATRON[:2], "--output", out, "--hf", "model"), "--output|PATH"),
     "megatron-to-hf --output": (
         lambda out: (*TO_HF[:2], "--output", out, "--checkpoint", "converted"),
@@ -92,6 +100,10 @@ def in_use() -> Iterator[Case]:
     """The output is something else of the user's."""
     for command in (
         "evaluate --output",
+        "select_layers --output",
+        "analyze drift --output",
+        "analyze fp8 --output",
+        "doctor --output",
         "hf-to-megatron --output",
         "merge --output",
         "megatron-to-hf --output",
@@ -142,6 +154,9 @@ def full_disks() -> Iterator[Case]:
         "train run.dir": ("out",),
         "prepare_data --output": (),
         "evaluate --output": (),
+        "select_layers --output": (),
+        "analyze drift --output": (),
+        "analyze fp8 --output": (),
         "hf-to-megatron --output": (),
         "merge --output": (),
         "megatron-to-hf --output": (),

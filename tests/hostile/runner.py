@@ -24,7 +24,17 @@ from tests.hostile.judge import Outcome, judge, snapshot
 ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     name: ROOT / "tools" / f"{name}.py"
-    for name in ("prepare_data", "evaluate", "convert_checkpoint", "merge", "make_demo_texts", "make_smollm2")
+    for name in (
+        "prepare_data",
+        "evaluate",
+        "convert_checkpoint",
+        "merge",
+        "make_demo_texts",
+        "make_smollm2",
+        "select_layers",
+        "analyze",
+        "doctor",
+    )
 }
 TRAIN = "longred_megatron.train"
 WARM = (
@@ -40,6 +50,7 @@ WARM = (
     "longred_megatron.checkpoint.merging",
     "longred_megatron.data.prepare",
     "longred_megatron.evaluation.evaluate",
+    "longred_megatron.analysis.layer_study",
     "transformers.models.auto.modeling_auto",
     "tests.hostile.bench",
     "transformers.models.llama.modeling_llama",

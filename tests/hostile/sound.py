@@ -4,14 +4,20 @@ from collections.abc import Iterator
 
 from tests.hostile.case import (
     DEMO_TEXTS,
+    DRIFT,
     EVALUATE,
+    FP8,
     MERGE,
+    PERTURBATION,
     PREPARE,
+    QUERIES,
     REHEARSE,
     RESUME,
+    SELECT,
     TO_HF,
     TO_MEGATRON,
     TRAIN,
+    VECTORS,
     VERIFY,
     Case,
 )
@@ -28,5 +34,11 @@ def cases() -> Iterator[Case]:
     yield Case("megatron-to-hf of a run", (*TO_HF, "run/checkpoints/step-000002"), code=0)
     yield Case("verify", (*VERIFY, "converted"), code=0)
     yield Case("merge", (*MERGE, "teacher"), code=0)
+    yield Case("select_layers", SELECT, code=0, says=("layers:",))
+    yield Case("analyze drift", (*DRIFT, "model", "run/hf", "--runs", "run"), code=0, seconds=90)
+    yield Case("analyze positional-vectors", (*VECTORS, "model", "run/hf"), code=0, seconds=30)
+    yield Case("analyze perturbation", (*PERTURBATION, "model", "run/hf"), code=0)
+    yield Case("analyze query-states", (*QUERIES, "model", "run/hf"), code=0)
+    yield Case("analyze fp8", (*FP8, "model"), code=0)
     yield Case("make_demo_texts", (*DEMO_TEXTS, "out"), code=0)
     yield Case("rehearse", REHEARSE, code=0, seconds=120, quick=False)

@@ -4,7 +4,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longred_megatron.files import MARKER
-from tests.hostile.case import DEMO_TEXTS, EVALUATE, MERGE, PREPARE, RESUME, TO_HF, TO_MEGATRON, TRAIN, Case
+from tests.hostile.case import (
+    DEMO_TEXTS,
+    DRIFT,
+    EVALUATE,
+    MERGE,
+    PREPARE,
+    RESUME,
+    SELECT,
+    TO_HF,
+    TO_MEGATRON,
+    TRAIN,
+    Case,
+)
 
 OUTPUTS = {
     "train": (TRAIN, "out"),
@@ -13,6 +25,8 @@ OUTPUTS = {
     "merge": ((*MERGE, "teacher"), "out"),
     "prepare_data": ((*PREPARE, "corpus"), "out/set"),
     "evaluate": ((*EVALUATE, "model"), "out"),
+    "select_layers": (SELECT, "out"),
+    "analyze drift": ((*DRIFT, "model", "run/hf"), "out"),
     "make_demo_texts": ((*DEMO_TEXTS, "out"), "out"),
 }
 
