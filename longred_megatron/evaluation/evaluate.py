@@ -70,11 +70,11 @@ def evaluate(
 ) -> Report:
     """Measures Hugging Face folders and writes `output`/results.json and `output`/report.html.
 
-    reference: the model the others started from, default the first of `models`; one that is not among them is
-    measured first. names: one for each of `models`, default the shortest ends of their paths that differ.
-    command: shown at the end of the page. show: gets the report before it is written, which a full disk may
-    prevent. Raises `UserError` for missing folders, texts too short, settings out of range, or an `output` that
-    cannot be written or holds other files; all of these are found before any weight is loaded.
+    reference: the model the others started from, default the first of `models`; one that is not among them is measured
+    first. names: one for each of `models`, default the shortest ends of their paths that differ. command: shown at the
+    end of the page. show: gets the report before it is written, which a full disk may prevent. Raises `UserError` for
+    missing folders, texts too short, settings out of range, or an `output` that cannot be written or holds other
+    files: before any weight is loaded.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -103,13 +103,12 @@ def evaluate(
     notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}", *tasks_left_out]
     if len(corpora) > 1:
         notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
-    derived = {"lengths": list(grid.lengths), "tokens_per_batch": tokens_per_batch}
-    derived |= {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    of_run = {"tokens_per_batch": tokens_per_batch, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     finished = Report(
         tuple(results),
         original,
         extended,
-        settings=_plain(settings) | derived,
+        settings=_plain(settings) | {"lengths": list(grid.lengths)} | of_run,
         versions=_versions(device),
         notes=tuple(notes),
         command=command,

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
+from tqdm import tqdm
+
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.haystacks import Haystacks
 from longred_megatron.evaluation.tasks.association import Nonliteral, NonliteralControl
@@ -56,7 +58,7 @@ def make_prompts(
     prompts: dict[Task, list[Prompt]] = {}
     problems: list[str] = []
     notes: list[str] = []
-    for task in tasks:
+    for task in tqdm(tasks, desc="writing prompts", unit="task", disable=None, leave=False):
         try:
             prompts[task] = task.prompts(encoder, haystacks, grid)
         except NoRoomError as error:
