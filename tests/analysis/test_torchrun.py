@@ -1,0 +1,60 @@
+"""The commands below torchrun, on a run with checkpoints: two processes share the texts and give one answer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.workspace import make_workspace
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def python(*command: object) -> str:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe, its model, and `run`: two steps of it, a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("workspace")
+    recipe = make_workspace(folder)
+    python("-m", "longred_megatron.train", recipe, "training.steps=2", "training.checkpoint_every_steps=1")
+    return folder
+
+
+def test_drift_of_a_runs_checkpoints(folder: Path, tmp_path: Path) -> None:
+    def measured(name: str, launcher: tuple[str, ...]) -> list[dict[str, Any]]:
+        models = ("--hf", folder / "model", "--runs", folder / "run", "--text", folder / "texts")
+        size = ("--texts", 3, "--length", 40)  # an odd number: the processes have unequal shares
+        python(*launcher, "tools/analyze.py", "drift", *models, *size, "--output", tmp_path / name)
+        found: list[dict[str, Any]] = json.loads((tmp_path / name / "results.json").read_text())["models"]
+        return found
+
+    one, two = measured("one", ()), measured("two", TORCHRUN)
+    assert [each["step"] for each in one] == [each["step"] for each in two] == [1, 2]
+    for a, b in zip(one, two, strict=True):
+        ours, theirs = (each["drift"]["40"] for each in (a, b))
+        for key in ("mean_drift", "mean_similarity", "loss"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
+    first, second = (each["drift"]["40"]["mean_drift"] for each in one)
+    assert 0 < first != second > 0
+
+
+def test_the_layers_that_are_chosen(folder: Path, tmp_path: Path) -> None:
+    def chosen(name: str, launcher: tuple[str, ...]) -> dict[str, Any]:
+        size = ("--texts", 3, "--length", 40, "--output", tmp_path / name)
+        out = python(*launcher, "tools/select_layers.py", folder / "recipe.yaml", *size)
+        assert out.count("layers:") == 1  # the first rank alone speaks
+        found: dict[str, Any] = json.loads((tmp_path / name / "drift.json").read_text())
+        return found
+
+    one, two = chosen("one", ()), chosen("two", TORCHRUN)
+    assert one["ranking"] == two["ranking"] and one["chosen"] == two["chosen"]
+    assert one["layers"] == pytest.approx(two["layers"], rel=1e-5)
