@@ -4,7 +4,7 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
@@ -15,28 +15,22 @@ import transformers
 import longred_megatron
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation import page, report
-from longred_megatron.evaluation.haystacks import Haystacks, read_haystacks
+from longred_megatron.evaluation.corpus import Corpus, build_corpus, with_shared_tasks
+from longred_megatron.evaluation.measure import Measured, measure_model
 from longred_megatron.evaluation.models import (
-    CausalModel,
     ModelFacts,
     load_model,
     read_facts,
     resolve_device,
     resolve_dtype,
 )
-from longred_megatron.evaluation.perplexity import loss_by_position
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.settings import Settings
-from longred_megatron.evaluation.similarity import hidden_state_similarity, why_not_comparable
-from longred_megatron.evaluation.tasks import chosen_tasks, make_prompts
-from longred_megatron.evaluation.tasks.base import Prompt, Task
+from longred_megatron.evaluation.tasks import chosen_tasks
 from longred_megatron.evaluation.tasks.grid import Grid
-from longred_megatron.evaluation.tasks.results import measure_task
 from longred_megatron.evaluation.texts import (
     TextEncoder,
     TextSource,
-    Windows,
-    cut_windows,
     load_encoder,
     text_source,
 )
@@ -44,18 +38,6 @@ from longred_megatron.files import write_text
 
 # Enough to fill a GPU; on a CPU, few enough for activations to stay in its caches (a fifth faster than 8192).
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
-# Each costs a forward pass of two models, and a mean over 16 windows of tokens is steady.
-SIMILARITY_WINDOWS = 16
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """The same texts for every model with one tokenizer. prompts: by task, with its number of keys."""
-
-    short: Windows
-    long: Windows
-    prompts: dict[Task, list[Prompt]]
-    notes: tuple[str, ...]
 
 
 def evaluate(
@@ -78,39 +60,15 @@ def evaluate(
     """
     started = time.perf_counter()
     settings = settings or Settings()
-    facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
-    reference_index = 0 if reference is None else [realpath(fact.path) for fact in facts].index(realpath(reference))
-    report.check_output(output)
-    original, extended = _windows(facts, facts[reference_index], settings)
-    device = resolve_device(settings.device)
-    tokens_per_batch = settings.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    dtype = resolve_dtype(settings.dtype, device)
-    short_source, long_source = _sources(settings)
-    tasks, tasks_left_out = chosen_tasks(settings.tasks, settings.options())
-    grid = settings.grid(original, extended)
-    encoders = [load_encoder(fact.path) for fact in facts]
-    corpora = {
-        key: build_corpus(encoder, short_source, long_source, original, extended, tasks, grid, settings)
-        for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
-    }
-    shared_tasks = [task for task in tasks if all(task in corpus.prompts for corpus in corpora.values())]
-    base = load_model(facts[reference_index], all_names[reference_index], encoders[reference_index], device, dtype)
-    results = []
-    for index, (fact, name, encoder) in enumerate(zip(facts, all_names, encoders, strict=True)):
-        model = base if index == reference_index else load_model(fact, name, encoder, device, dtype)
-        results.append(measure_model(model, base, corpora[encoder.fingerprint], shared_tasks, tokens_per_batch))
-        del model  # so that no more than the reference and one other are in memory
-    notes = [f"short texts: {short_source.description}", f"long texts: {long_source.description}", *tasks_left_out]
-    if len(corpora) > 1:
-        notes.append("the tokenizers differ: losses are per token, so their perplexities cannot be compared")
-    of_run = {"tokens_per_batch": tokens_per_batch, "device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    ready = _prepare(models, output, settings, reference, names)
+    results = _measure(ready, settings)
     finished = Report(
         tuple(results),
-        original,
-        extended,
-        settings=_plain(settings) | {"lengths": list(grid.lengths)} | of_run,
-        versions=_versions(device),
-        notes=tuple(notes),
+        ready.original_window,
+        ready.extended_window,
+        settings=_plain(settings) | ready.derived_settings(),
+        versions=_versions(ready.device),
+        notes=ready.notes(),
         command=command,
         seconds=time.perf_counter() - started,
     )
@@ -120,71 +78,78 @@ def evaluate(
     return finished
 
 
-def build_corpus(
-    encoder: TextEncoder,
-    short_source: TextSource,
-    long_source: TextSource,
-    original_window: int,
-    extended_window: int,
-    tasks: Sequence[Task],
-    grid: Grid,
-    settings: Settings,
-) -> Corpus:
-    """Windows and prompts for one tokenizer. Raises `UserError` when the texts are too short."""
-    short = cut_windows(short_source, encoder, original_window, settings.num_short_windows, settings.seed)
-    long = cut_windows(long_source, encoder, extended_window, settings.num_long_windows, settings.seed)
-    haystacks = read_haystacks(long_source, encoder, grid.lengths, grid.num_prompts_per_length, settings.seed)
-    prompts, notes = make_prompts(tasks, settings.tasks, encoder, haystacks, grid)
-    notes += [*_left_out(prompts, grid), *_shared_filler(haystacks, grid)]
-    for kind, windows in (("short", short), ("long", long)):
-        if windows.num_joined:
-            notes.append(f"{kind} texts: {windows.num_joined} of {len(windows.tokens)} windows join several documents")
-    return Corpus(short, long, prompts, tuple(notes))
+@dataclass(frozen=True)
+class _Ready:
+    """Everything that is known before a weight is loaded. facts, names, encoders: of each model; corpora: by the
+    fingerprint of the tokenizer; left_out: notes on tasks that lack something."""
+
+    facts: list[ModelFacts]
+    names: list[str]
+    encoders: list[TextEncoder]
+    reference: int
+    original_window: int
+    extended_window: int
+    grid: Grid
+    sources: tuple[TextSource, TextSource]
+    left_out: list[str]
+    corpora: dict[str, Corpus]
+    device: torch.device
+    dtype: torch.dtype
+    tokens_per_batch: int
+
+    def derived_settings(self) -> dict[str, object]:
+        """What settings left open."""
+        derived = {"lengths": list(self.grid.lengths), "tokens_per_batch": self.tokens_per_batch}
+        return derived | {"device": str(self.device), "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def notes(self) -> tuple[str, ...]:
+        short, long = self.sources
+        notes = (f"short texts: {short.description}", f"long texts: {long.description}", *self.left_out)
+        if len(self.corpora) == 1:
+            return notes
+        return (
+            *notes,
+            "the tokenizers differ: losses are per token, so their perplexities cannot be compared, and no difference "
+            "is paired",
+        )
 
 
-def _left_out(prompts: Mapping[Task, Sequence[Prompt]], grid: Grid) -> Iterator[str]:
-    for task, of_task in prompts.items():
-        if left_out := sorted(set(grid.lengths) - {prompt.length for prompt in of_task}):
-            yield f"{task.name}: left out at {_list(left_out)} tokens, no room for {task.room_needed()}"
+def _prepare(
+    models: Sequence[Path], output: Path, settings: Settings, reference: Path | None, names: Sequence[str]
+) -> _Ready:
+    facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
+    reference_index = 0 if reference is None else [realpath(fact.path) for fact in facts].index(realpath(reference))
+    report.check_output(output)
+    original, extended = _windows(facts, facts[reference_index], settings)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    sources = _sources(settings)
+    tasks, left_out = chosen_tasks(settings.tasks, settings.options())
+    grid = settings.grid(original, extended)
+    encoders = [load_encoder(fact.path) for fact in facts]
+    corpora = {
+        key: build_corpus(encoder, *sources, original, extended, tasks, grid, settings)
+        for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
+    }
+    return _Ready(
+        facts, all_names, encoders, reference_index, original, extended, grid, sources, left_out,
+        with_shared_tasks(corpora), device, dtype, settings.tokens_per_batch or TOKENS_PER_BATCH[device.type],
+    )  # fmt: skip
 
 
-def _shared_filler(haystacks: Haystacks, grid: Grid) -> Iterator[str]:
-    needed = grid.num_prompts_per_length
-    shared = {length: number for length in grid.lengths if (number := haystacks.num_distinct(length)) < needed}
-    if shared:
-        held = ", ".join(f"{number:,} of {length:,} tokens" for length, number in shared.items())
-        yield f"prompts share filler: {needed:,} of a length, and the texts' stretches that do not overlap are {held}"
+def _measure(ready: _Ready, settings: Settings) -> list[ModelReport]:
+    """The reports in the order of the models; the reference, which the others are compared with, is measured first."""
 
+    def measured(index: int, base: Measured | None = None) -> Measured:
+        encoder = ready.encoders[index]
+        model = load_model(ready.facts[index], ready.names[index], encoder, ready.device, ready.dtype)
+        return measure_model(model, ready.corpora[encoder.fingerprint], ready.tokens_per_batch, settings.seed, base)
 
-def measure_model(
-    model: CausalModel, reference: CausalModel, corpus: Corpus, tasks: Sequence[Task], tokens_per_batch: int
-) -> ModelReport:
-    """All measurements of one model; `reference` may be the model itself, which then has no similarity. tasks: those
-    of `corpus` to measure, the same for every model."""
-    notes = list(corpus.notes)
-    similarity = None
-    if model is not reference:
-        reason = why_not_comparable(model, reference)
-        if reason is None:
-            similarity = hidden_state_similarity(
-                model, reference, corpus.short.tokens[:SIMILARITY_WINDOWS], tokens_per_batch
-            )
-        else:
-            notes.append(reason)
-    return ModelReport(
-        name=model.name,
-        path=str(model.facts.path),
-        family=model.facts.family,
-        is_reference=model is reference,
-        max_position_embeddings=model.facts.max_position_embeddings,
-        rope=model.facts.rope,
-        num_parameters=model.num_parameters,
-        short=loss_by_position(model, corpus.short, tokens_per_batch, "short texts"),
-        long=loss_by_position(model, corpus.long, tokens_per_batch, "long texts"),
-        retrieval=tuple(measure_task(model, task, corpus.prompts[task], tokens_per_batch) for task in tasks),
-        similarity=similarity,
-        notes=tuple(notes),
-    )
+    base = measured(ready.reference)
+    # No more than the reference and one other are in memory.
+    return [
+        base.report if index == ready.reference else measured(index, base).report for index in range(len(ready.facts))
+    ]
 
 
 def _facts_and_names(
@@ -266,7 +231,3 @@ def _versions(device: torch.device) -> dict[str, str]:
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
     }
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(f"{number:,}" for number in numbers)

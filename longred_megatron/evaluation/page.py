@@ -5,7 +5,16 @@ from pathlib import Path
 import jinja2
 
 from longred_megatron.evaluation import plots
-from longred_megatron.evaluation.report import ModelReport, Report, all_notes, number, percent, percent_change, summary
+from longred_megatron.evaluation.report import (
+    ModelReport,
+    Report,
+    all_notes,
+    number,
+    percent,
+    percent_change,
+    summary,
+    task_table,
+)
 
 # Autoescape: names, paths and notes come from outside.
 _ENVIRONMENT = jinja2.Environment(
@@ -24,6 +33,7 @@ def render(report: Report) -> str:
     return _ENVIRONMENT.get_template("page.html").render(
         report=report,
         columns=summary(report),
+        tasks=task_table(report),
         notes=all_notes(report),
         finding=_finding,
         plots=plots,

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -10,7 +11,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from longred_megatron.evaluation.perplexity import LossByPosition
+from longred_megatron.evaluation.by_length import ByLength
+from longred_megatron.evaluation.intervals import Interval
+from longred_megatron.evaluation.perplexity import LossByPosition, LossDifference
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.tasks.results import TaskResult
 
@@ -85,34 +88,79 @@ def loss_figure(report: Report) -> str:
         return svg_of(figure, "loss")
 
 
-def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByPosition, order: int) -> None:
+def _draw_losses(
+    axes: Axes, report: Report, model: ModelReport, losses: LossByPosition | LossDifference, order: int
+) -> None:
     positions = [(bucket.start + bucket.stop - 1) / 2 for bucket in losses.buckets]
     values = [bucket.loss for bucket in losses.buckets]
-    axes.plot(positions, values, **_line(report, model, order), markevery=4)
+    line = _line(report, model, order)
+    axes.plot(positions, values, **line, markevery=4)
+    _band(axes, positions, [bucket.interval for bucket in losses.buckets], line)
+
+
+def change_figure(report: Report) -> str:
+    """Loss less the reference's by position, on short and on long texts, with the paired interval as a band."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
+        for axes, title, of in (
+            (left, "Short texts", lambda model: model.short),
+            (right, "Long texts", lambda model: model.long),
+        ):
+            axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2.0, linestyle=(0, (4, 2)), zorder=2)
+            for order, model in enumerate(report.models):
+                if of(model).against_reference is not None:
+                    _draw_losses(axes, report, model, of(model).against_reference, order)
+            axes.set_title(title)
+            axes.set_xlabel("position in the window (tokens)")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        left.set_ylabel("difference (nats a token)")
+        if report.extended_window > report.original_window:
+            _mark_original_window(right, report)
+        return svg_of(figure, "change")
+
+
+def _band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval | None], line: dict[str, Any]) -> None:
+    """The 95 % intervals around a line, where there are any."""
+    known = [(at, each.low, each.high) for at, each in zip(x, intervals, strict=True) if each is not None]
+    if known:
+        at, low, high = zip(*known, strict=True)
+        axes.fill_between(at, low, high, color=line["color"], alpha=0.16, linewidth=0, zorder=1)
 
 
 def length_figure(report: Report) -> str:
-    """Scores by prompt length, one panel a task."""
+    """Scores by prompt length with their intervals, one panel a task; a dot for each prompt set."""
     with matplotlib.rc_context(STYLE):
-        tasks = report.reference.retrieval
+        tasks = report.reference.panels
         figure, panels = _panels(len(tasks), height=3.5)
-        for index, axes in enumerate(panels):
+        for task, axes in zip(tasks, panels, strict=True):
+            lengths = set(task.scores)
             for order, model in enumerate(report.models):
-                result = model.retrieval[index]
-                values = [result.accuracy_at(length) for length in result.lengths]
-                axes.plot(result.lengths, values, **_line(report, model, order))
-            lengths = sorted({length for model in report.models for length in model.retrieval[index].lengths})
+                for ours in model.panels:
+                    if ours.name == task.name:
+                        _draw_scores(axes, ours, _line(report, model, order))
+                        lengths |= set(ours.scores)
             axes.set_xscale("log", base=2)
-            axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_ylim(-0.04, 1.04)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-            axes.set_title(tasks[index].title)
+            axes.set_title(task.title)
             axes.set_xlabel("prompt length (tokens)")
-            axes.set_ylabel(tasks[index].score_meaning)
-            if lengths[0] < report.original_window < lengths[-1]:
+            axes.set_ylabel(task.score_meaning)
+            if min(lengths) < report.original_window < max(lengths):
                 _mark_original_window(axes, report)
         return svg_of(figure, "length")
+
+
+def _draw_scores(axes: Axes, scores: ByLength, line: dict[str, Any]) -> None:
+    lengths = list(scores.scores)
+    axes.plot(lengths, list(scores.scores.values()), **line)
+    _band(axes, lengths, list(scores.intervals.values()), line)
+    dots = {"color": line["color"], "alpha": 0.5, "marker": "o", "markersize": 2.5, "linestyle": "", "clip_on": False}
+    for length, sets in scores.sets.items():
+        axes.plot([length] * len(sets), sets, **dots)
 
 
 def heat_figure(model: ModelReport, number: int) -> str:

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.by_length import ByLength, scores_by_length
-from longred_megatron.evaluation.perplexity import LossByPosition
+from longred_megatron.evaluation.by_length import ByLength, scores_by_length, task_by_length
+from longred_megatron.evaluation.intervals import CONFIDENCE, Interval
+from longred_megatron.evaluation.perplexity import LossByPosition, perplexity
 from longred_megatron.evaluation.similarity import LayerSimilarity
-from longred_megatron.evaluation.tasks.results import TaskResult
+from longred_megatron.evaluation.tasks.results import LengthScore, TaskResult
 from longred_megatron.files import try_output
 
 KIND = "longred_megatron.evaluation"
@@ -41,6 +43,11 @@ class ModelReport:
         """The scores of every task, or of its group, by length."""
         return scores_by_length(self.retrieval)
 
+    @property
+    def panels(self) -> list[ByLength]:
+        """The same, and then the tasks of groups one by one."""
+        return [*self.by_length, *(task_by_length(result) for result in self.retrieval if result.group)]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -69,87 +76,141 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A figure of the table, ready to print, and its interval or nothing."""
+
+    value: str
+    interval: str = ""
+
+
+@dataclass(frozen=True)
 class Column:
-    """One column of the summary. explanation: one sentence for the page."""
+    """One column of a table. explanation: one sentence for the page."""
 
     title: str
     explanation: str
-    cells: tuple[str, ...]
+    cells: tuple[Cell, ...]
 
 
 def summary(report: Report) -> list[Column]:
-    """The columns of the summary table, one cell a model, text ready to print."""
+    """The columns of the summary table, one cell a model."""
     original, extended = report.original_window, report.extended_window
-    reference = report.reference.short.perplexity
-    columns = [
+    return [
         Column(
             "window",
             "Context window the model's config states, in tokens.",
-            _each(report, lambda m: f"{m.max_position_embeddings:,}"),
+            _each(report, lambda m: Cell(f"{m.max_position_embeddings:,}")),
         ),
         Column(
             f"short ppl @{original:,}",
             f"Perplexity on short texts at the original window of {original:,} tokens; lower is better.",
-            _each(report, lambda m: number(m.short.perplexity)),
+            _each(report, lambda m: _perplexity_cell(m.short)),
         ),
         Column(
             "change",
-            "Change of the short-text perplexity against the reference; near zero: short texts are kept.",
-            _each(
-                report,
-                lambda m: "reference" if m.is_reference else percent_change(m.short.perplexity, reference),
-            ),
+            "Change of the short-text perplexity against the reference; near zero: short texts are kept. Its interval "
+            "is over the differences on each document.",
+            _each(report, lambda m: Cell("reference") if m.is_reference else _change_cell(m.short, report.reference)),
         ),
         Column(
             f"long ppl @{extended:,}",
             f"Perplexity on long texts at the extended window of {extended:,} tokens; lower is better.",
-            _each(report, lambda m: number(m.long.perplexity)),
+            _each(report, lambda m: _perplexity_cell(m.long)),
         ),
-    ]
-    columns += [
-        Column(
-            f"{scores.name} @{scores.longest:,}",
-            f"{scores.title}: {scores.score_meaning}, over all prompts of {scores.longest:,} tokens; higher is better.",
-            _each(report, lambda m, name=scores.name: _at_longest(m, name)),
-        )
-        for scores in report.reference.by_length
-    ]
-    columns.append(
+        *task_columns(report),
         Column(
             "similarity",
             "Mean cosine similarity of hidden states to the reference's on short texts; 1: unchanged.",
-            _each(report, lambda m: "-" if m.similarity is None else f"{m.similarity.mean:.3f}"),
+            _each(report, lambda m: Cell("-" if m.similarity is None else f"{m.similarity.mean:.3f}")),
+        ),
+    ]
+
+
+def task_columns(report: Report) -> list[Column]:
+    """Each task, or group of tasks, at the longest prompts."""
+    return [
+        Column(
+            f"{scores.name} @{scores.longest:,}",
+            f"{scores.title}: {scores.score_meaning}, over all prompts of {scores.longest:,} tokens; higher is better.",
+            tuple(_at_longest(model, scores.name) for model in report.models),
         )
-    )
+        for scores in report.reference.by_length
+    ]
+
+
+def task_table(report: Report) -> list[Column]:
+    """Where tasks have a group: one a row at its longest prompts, one column a model. Else nothing."""
+    tasks = [result for result in report.reference.retrieval if result.group]
+    if not tasks:
+        return []
+    names = tuple(Cell(f"{result.task} @{result.longest.length:,}") for result in tasks)
+    columns = [Column("task", "", names)]
+    for model in report.models:
+        scores = {result.task: result.longest for result in model.retrieval}
+        columns.append(Column(model.name, "", tuple(_score_cell(scores[result.task]) for result in tasks)))
     return columns
 
 
-def _at_longest(model: ModelReport, name: str) -> str:
+def _at_longest(model: ModelReport, name: str) -> Cell:
     """The score of a task or group at the longest prompts of the model."""
-    return next((percent(each.scores[each.longest]) for each in model.by_length if each.name == name), "-")
+    for each in model.by_length:
+        if each.name == name:
+            return Cell(percent(each.scores[each.longest]), _between(each.intervals[each.longest], percent))
+    return Cell("-")
+
+
+def _perplexity_cell(losses: LossByPosition) -> Cell:
+    return Cell(number(losses.perplexity), _between(losses.perplexity_interval, number))
+
+
+def _change_cell(losses: LossByPosition, reference: ModelReport) -> Cell:
+    change = percent_change(losses.perplexity, reference.short.perplexity)
+    interval = losses.against_reference.interval if losses.against_reference else None
+    return Cell(change, _between(interval, lambda loss: percent_change(perplexity(loss), 1.0)))
+
+
+def _score_cell(score: LengthScore) -> Cell:
+    return Cell(percent(score.accuracy), _between(score.interval, percent))
+
+
+def _between(interval: Interval | None, shown: Callable[[float], str]) -> str:
+    """Both ends; units that both carry are said once."""
+    if interval is None:
+        return ""
+    low, high = shown(interval.low), shown(interval.high)
+    return f"{low.removesuffix(' %')} to {high}" if high.endswith(" %") else f"{low} to {high}"
 
 
 def format_table(report: Report) -> str:
-    """The summary as aligned plain text, and the notes below it."""
-    columns = [Column("model", "", tuple(model.name for model in report.models)), *summary(report)]
-    widths = [max(len(column.title), *map(len, column.cells)) for column in columns]
-    rows = [
-        [column.title for column in columns],
-        *map(list, zip(*(column.cells for column in columns), strict=True)),
+    """The summary as aligned plain text, 95 % intervals in brackets, and the notes below it."""
+    lines = _aligned([Column("model", "", tuple(Cell(model.name) for model in report.models)), *summary(report)])
+    if many := task_table(report):
+        lines += ["", *_aligned(many)]
+    legend = f"in brackets: {CONFIDENCE:.0%} intervals, over documents and over prompts"
+    return "\n".join([*lines, legend, *(f"note: {note}" for note in all_notes(report))])
+
+
+def _aligned(columns: list[Column]) -> list[str]:
+    texts = [
+        [column.title, *(f"{c.value} ({c.interval})" if c.interval else c.value for c in column.cells)]
+        for column in columns
     ]
+    widths = [max(map(len, column)) for column in texts]
     lines = []
-    for row in rows:
+    for row in zip(*texts, strict=True):
         first, *others = (
             text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
         )
         lines.append("  ".join([first, *others]))
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*lines, *(f"note: {note}" for note in all_notes(report))])
+    return lines
 
 
 def all_notes(report: Report) -> list[str]:
-    """The notes of the run, then those of each model under its name."""
-    return [*report.notes, *(f"{model.name}: {note}" for model in report.models for note in model.notes)]
+    """The notes of the run, those that hold for every model, then those of single models under their names."""
+    common = [note for note in report.reference.notes if all(note in model.notes for model in report.models)]
+    own = [f"{model.name}: {note}" for model in report.models for note in model.notes if note not in common]
+    return [*report.notes, *common, *own]
 
 
 def number(value: float) -> str:
@@ -171,7 +232,7 @@ def percent_change(value: float, reference: float) -> str:
     return f"{change:+.1f} %" if math.isfinite(change) and change < 1e4 else f"x {number(value / reference)}"
 
 
-def _each(report: Report, cell: Any) -> tuple[str, ...]:
+def _each(report: Report, cell: Callable[[ModelReport], Cell]) -> tuple[Cell, ...]:
     return tuple(cell(model) for model in report.models)
 
 

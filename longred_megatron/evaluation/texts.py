@@ -5,7 +5,7 @@ import json
 import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,10 +64,16 @@ class TextEncoder:
 @dataclass(frozen=True)
 class Windows:
     """tokens: [windows, window], each from one document, but for the last `num_joined` ones: cut from short
-    documents in a row."""
+    documents in a row. documents: the number of each window's document; a joined window has one of its own."""
 
     tokens: Tensor
-    num_joined: int = field(default=0)
+    documents: tuple[int, ...]
+    num_joined: int = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, a joined window counted as one."""
+        return len(set(self.documents))
 
 
 def text_source(paths: Sequence[Path], text_key: str = "text") -> TextSource:
@@ -129,26 +135,30 @@ def cut_windows(source: TextSource, encoder: TextEncoder, window: int, num_windo
     `UserError` when not one window can be filled.
     """
     body = window - len(encoder.start)
-    first: list[list[int]] = []
-    later: list[list[int]] = []
+    first: list[tuple[int, list[int]]] = []  # with the document's number
+    later: list[tuple[int, list[int]]] = []
     joined: list[int] = []
     num_read = 0
-    for text in source.documents(seed):
+    for number, text in enumerate(source.documents(seed)):
         tokens = encoder.encode(text[: body * MAX_WINDOWS_PER_DOCUMENT * MAX_CHARACTERS_PER_TOKEN])
-        num_read += len(tokens)
-        whole = [tokens[start : start + body] for start in range(0, len(tokens) - body + 1, body)]
+        num_read += min(len(tokens), MAX_WINDOWS_PER_DOCUMENT * body)  # more of a document is no use
+        whole = [(number, tokens[start : start + body]) for start in range(0, len(tokens) - body + 1, body)]
         first += whole[:1]
         later += whole[1:MAX_WINDOWS_PER_DOCUMENT]
         if not whole and len(joined) < num_windows * body:
             joined += [*tokens, *encoder.separator]
-        if len(first) >= num_windows or num_read >= TOKENS_READ_PER_TOKEN_NEEDED * num_windows * body:
+        num_filled = len(first) + len(later) + len(joined) // body
+        has_read_enough = num_read >= TOKENS_READ_PER_TOKEN_NEEDED * num_windows * body
+        if len(first) >= num_windows or (has_read_enough and num_filled >= num_windows):
             break
     whole = (first + later)[:num_windows]
-    rows = whole + [joined[start : start + body] for start in range(0, len(joined) - body + 1, body)]
+    # Numbers below zero: no document's.
+    rows = whole + [(-1 - start, joined[start : start + body]) for start in range(0, len(joined) - body + 1, body)]
     if not rows:
         raise UserError(
             f"texts too short: {source.description} gives {num_read} tokens, one window needs {window}; "
             "give more text (--text, --short-text, --long-text) or a smaller --window"
         )
     rows = rows[:num_windows]
-    return Windows(torch.tensor([[*encoder.start, *row] for row in rows]), num_joined=len(rows) - len(whole))
+    filled = torch.tensor([[*encoder.start, *row] for _, row in rows])
+    return Windows(filled, tuple(number for number, _ in rows), num_joined=len(rows) - len(whole))

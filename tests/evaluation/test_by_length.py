@@ -1,12 +1,16 @@
 import pytest
 
 from longred_megatron.evaluation.by_length import scores_by_length
-from longred_megatron.evaluation.tasks.results import Cell, TaskResult
+from longred_megatron.evaluation.intervals import Interval, combined_interval
+from longred_megatron.evaluation.tasks.results import LengthScore, TaskResult
 
 
 def result_of(task: str, group: str | None, scores: dict[int, float]) -> TaskResult:
-    cells = tuple(Cell(length, None, 1, score, (score,), (score,)) for length, score in scores.items())
-    return TaskResult(task, group, task.title(), "share", {}, tuple(scores), (), cells)
+    by_length = tuple(
+        LengthScore(length, 2, score, Interval(score - 0.1, score + 0.2), (score - 0.1, score + 0.1), None, None)
+        for length, score in scores.items()
+    )
+    return TaskResult(task, group, task.title(), "share", {}, tuple(scores), (), (), by_length)
 
 
 def test_a_group_is_the_mean_of_its_tasks_where_all_have_room() -> None:
@@ -19,6 +23,9 @@ def test_a_group_is_the_mean_of_its_tasks_where_all_have_room() -> None:
     assert (key.name, key.title, key.scores, key.longest) == ("key", "Key", {256: 1.0}, 256)
     assert (many.name, many.title, many.longest) == ("many", "MANY, 2 tasks", 1024)
     assert many.scores == {512: pytest.approx(0.6), 1024: pytest.approx(0.3)}
+    assert many.sets[512] == pytest.approx((0.5, 0.7))
+    both = [result.at(512) for result in results[1:]]
+    assert many.intervals[512] == combined_interval([0.4, 0.8], [each.interval for each in both if each])
 
 
 def test_a_group_without_a_shared_length_has_no_mean() -> None:

@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -76,6 +77,53 @@ def test_notes_say_what_was_left_out(report: Report) -> None:
     assert longer.similarity is not None
     assert wide.similarity is None and "width 32" in " ".join(wide.notes)
     assert "passkey: left out at 32, 64 tokens" in " ".join(longer.notes)
+    notes = format_table(report).splitlines()[6:]
+    assert len([note for note in notes if "passkey: left out" in note]) == 1  # said once, not for every model
+    assert any("short texts: the 4 windows are of fewer than 8 documents (1)" in note for note in notes)
+
+
+def test_fewer_windows_than_asked_for_and_shared_filler_are_told(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    asked = {"num_short_windows": 9, "num_prompt_sets": 5, "num_samples": 4, "extended_window": 256}
+    result = evaluate([folders["longer"]], tmp_path, settings=settings_for(text_file, **asked))
+    notes = "\n".join(result.models[0].notes)
+    assert "short texts: 4 of 9 windows asked for" in notes
+    assert "prompts share filler: there are 60 of a length, and stretches that do not overlap in the " in notes
+
+
+def test_intervals_and_differences_are_in_the_results(report: Report, output: Path) -> None:
+    held = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    original, longer, _ = held["models"]
+    for model in held["models"]:
+        for result in model["retrieval"]:
+            for score in result["by_length"]:
+                cells = [cell for cell in result["cells"] if cell["length"] == score["length"]]
+                scores = [each for cell in cells for each in cell["scores"]]
+                assert score["accuracy"] == pytest.approx(sum(scores) / len(scores))
+                assert (
+                    len(score["sets"]) == 2
+                    and score["interval"]["low"] <= score["accuracy"] <= score["interval"]["high"]
+                )
+    assert original["short"]["against_reference"] is None
+    difference = longer["short"]["against_reference"]
+    assert difference["loss"] == pytest.approx(longer["short"]["loss"] - original["short"]["loss"])
+    assert longer["retrieval"][0]["by_length"][0]["difference"] == 0.0
+    assert longer["retrieval"][0]["by_length"][0]["difference_interval"]["low"] < 0
+
+
+def test_tasks_of_a_group_have_a_table_of_their_own(report: Report) -> None:
+    models = tuple(
+        replace(model, retrieval=tuple(replace(result, group="both") for result in model.retrieval))
+        for model in report.models
+    )
+    grouped = replace(report, models=models)
+    lines = format_table(grouped).splitlines()
+    assert "both @256" in lines[0] and "passkey" not in lines[0]
+    assert lines[6].split() == ["task", "the", "original", "the", "<longer>", "wide"]
+    assert [line.split()[0] for line in lines[8:10]] == ["passkey", "multi-key"]
+    html = page.render(grouped)
+    assert "Tasks at their longest length" in html and "multi-key @256" in html and "BOTH, 2 tasks" in html
 
 
 def test_table_is_aligned_and_complete(report: Report) -> None:
@@ -96,7 +144,7 @@ def test_page_is_self_contained_and_names_every_model(report: Report, output: Pa
     assert "<longer>" not in html
     assert not re.search(r"https?:|@import|<script|<link|src=", html)
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
-    assert html.count("<svg") == 6  # losses, lengths, three heat maps, similarity
+    assert html.count("<svg") == 7  # losses, differences, lengths, three heat maps, similarity
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)

@@ -30,11 +30,13 @@ def test_first_window_of_every_document_comes_before_a_second(tmp_path: Path) ->
         "d" * 10,
     ]
     assert windows.num_joined == 0
+    assert windows.documents == (0, 1, 3, 0, 3) and windows.num_documents == 3
 
 
 def test_short_documents_are_joined_only_where_whole_ones_do_not_suffice(tmp_path: Path) -> None:
     windows = cut_windows(source_of(tmp_path, "a" * 10, "bcd", "efg", "hij"), ENCODER, 10, 3, seed=0)
     assert windows.num_joined == 1
+    assert windows.documents[0] == 0 > windows.documents[1]
     assert windows.tokens[0].tolist() == ENCODER.encode("a" * 10)
     assert windows.tokens[1].tolist() == [
         *ENCODER.encode("bcd"),
@@ -103,3 +105,11 @@ def test_bad_text_files(tmp_path: Path, name: str, content: str | None, message:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         list(text_source([path]).documents(0))
+
+
+def test_reading_goes_on_until_as_many_windows_are_there_as_asked_for(tmp_path: Path) -> None:
+    """Long documents give four windows each, however much of them is read; then there are more documents."""
+    source = source_of(tmp_path, *(letter * 2000 for letter in "abcdefgh"))
+    windows = cut_windows(source, ENCODER, window=10, num_windows=20, seed=0)
+    assert len(windows.tokens) == 20 and windows.num_documents == 8
+    assert len(cut_windows(source, ENCODER, window=10, num_windows=40, seed=0).tokens) == 32
