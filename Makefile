@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh tests/docker/*.sh tools/*.sh tools/launch/*.sh tools/launch/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile docker-check study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile docker-check study-longred study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -50,6 +50,10 @@ hostile: setup ## every command on damaged, insane and malicious input, by class
 
 docker-check: setup ## builds the CPU image and runs it; the variables in tests/docker/test_images.py name bases (10 minutes)
 	LONGRED_DOCKER_BASE=$${LONGRED_DOCKER_BASE-python:3.12-slim} $(PYTHON_IN_VENV) -m pytest --capture=no tests/docker
+
+study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; goes on where it was stopped (1 hour)
+	$(PYTHON_IN_VENV) tools/tiny_runs.py
+	$(PYTHON_IN_VENV) tools/study.py recipes/studies/tiny_longred.yaml
 
 study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each (25 minutes)
 	$(PYTHON_IN_VENV) tools/study_packed.py

@@ -1,5 +1,6 @@
 """Every page in a real browser: drawn whole, in light and dark, on a narrow screen, without asking for anything."""
 
+import random
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from longred_megatron.doctor.examination import Section
 from longred_megatron.doctor.findings import Finding
 from longred_megatron.doctor.page import render
 from longred_megatron.recipe import load_recipe
+from longred_megatron.study.measure import Measured
+from longred_megatron.study.report import write_report
+from longred_megatron.study.results import verdict
+from longred_megatron.study.settings import load_study
 from tests.browser import look, needs_browser
 from tests.evaluation.conftest import byte_tokenizer, llama
 from tests.training.workspace import make_workspace
@@ -21,6 +26,7 @@ STUDIES = {
     "perturbation": ("--thetas", "1e6"),
     "query-states": (),
 }
+ROOT = Path(__file__).resolve().parent.parent
 NARROW = 500  # pixels: chromium makes no narrower window
 
 
@@ -42,6 +48,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     models = ("--hf", str(folder / "original"), str(folder / "extended"))
     evaluate.main([*models, *asked, "--output", str(folder / "evaluation")])
     pages = {path.parent.name: path for path in folder.glob("*/report.html")}
+    pages["study"] = study_page(folder)
     sections = [
         Section("Links", [Finding(f"thing {i}", status, "seen", "change it", trace="a\nb")])
         for i, status in enumerate(("ok", "wrong", "not tried"))
@@ -51,7 +58,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return pages
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "doctor"])
+def study_page(folder: Path) -> Path:
+    """The page of the toy study, with invented figures."""
+    study = load_study(ROOT / "recipes/studies/tiny_longred.yaml").model_copy(update={"dir": folder / "toy"})
+    rng = random.Random(0)
+
+    def measured() -> Measured:
+        short, long = ([rng.gauss(2.7, 0.1) for _ in range(8)] for _ in range(2))
+        return Measured("", short, long, {n: rng.choices((0.0, 1.0), k=20) for n in (1024, 2048)}, 0.99)
+
+    rows = {name: [measured() for _ in range(1 if name == "original" else 3)] for name in study.rows()}
+    write_report(study, rows, [verdict(rows, ordering) for ordering in study.orderings], "make study-longred")
+    return folder / "toy/report/report.html"
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "doctor"])
 def test_a_page_can_be_read(name: str, pages: Mapping[str, Path], tmp_path: Path) -> None:
     by_day, by_night = (look(pages[name], tmp_path, dark) for dark in (False, True))
     assert by_day.paper > 0.8 and by_night.paper < 0.05

@@ -1,13 +1,15 @@
-"""What the tools that train the demo's tiny models share: where things lie, texts, and commands run as a user would."""
+"""What the tools that train the demo's tiny models share: where things lie, texts, and commands run as a user would.
+
+python tools/tiny_runs.py    writes the texts and token files of the demo that are not there yet
+"""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from demo_texts import write_sets
 from longred_megatron.device import force_cpu
-from longred_megatron.errors import UserError
+from longred_megatron.errors import run_cli
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE, DEMO, RUNS = ROOT / "tests/assets/tiny_base", ROOT / "demo", ROOT / "runs"
@@ -41,13 +43,10 @@ def train(recipe: Path | str, *overrides: str) -> None:
 
 def run(*arguments: object) -> None:
     """Runs a command of the project in a process of its own. Raises `UserError` when it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment)
-    try:
-        code = process.wait()
-    finally:  # this process is to stop: so is that one, which ends its ranks
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if code:
-        raise UserError(f"`{' '.join(map(str, arguments))}` failed with exit code {code}; its message is above")
+    from longred_megatron.parallel.local_ranks import run_to_end
+
+    run_to_end([sys.executable, *map(str, arguments)], ROOT)
+
+
+if __name__ == "__main__":
+    run_cli(lambda: print(*prepare_texts().values(), sep="\n"))

@@ -30,7 +30,7 @@ _TEMPLATE = jinja2.Environment(
   --m7: #62b8ee; --m8: #d6a94e; } }
 body { max-width: 1080px; margin: 40px auto; padding: 0 24px; font: 16px/1.5 system-ui, sans-serif;
   background: var(--paper); color: var(--ink); }
-table { border-collapse: collapse; } div { overflow-x: auto; }
+table { border-collapse: collapse; margin-bottom: 32px; } div { overflow-x: auto; }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid var(--faint); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } svg { width: 100%; min-width: 640px; height: auto; }
 figure { margin: 32px 0; } figcaption { color: var(--soft); max-width: 74ch; }
@@ -45,6 +45,7 @@ figure { margin: 32px 0; } figcaption { color: var(--soft); max-width: 74ch; }
 <figcaption>{{ figure.caption }}</figcaption>
 </figure>
 {% endfor %}
+{% for table in tables %}
 <div>
 <table>
 <tr>{% for cell in table[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -53,6 +54,7 @@ figure { margin: 32px 0; } figcaption { color: var(--soft); max-width: 74ch; }
 {% endfor %}
 </table>
 </div>
+{% endfor %}
 </html>
 """)
 
@@ -67,7 +69,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Study:
-    """kind: what results.json is known by. table: rows of texts, the first is the head. tokens: [texts, length]."""
+    """kind: what results.json is known by. table: rows of texts, the first is the head; more_tables: others, on
+    the page alone. tokens: [texts, length]."""
 
     kind: str
     title: str
@@ -76,10 +79,12 @@ class Study:
     figures: Sequence[Plot]
     results: dict[str, Any]
     tokens: Tensor | None = None
+    more_tables: Sequence[Sequence[Sequence[str]]] = ()
 
     def write(self, output: Path) -> None:
         """Writes all files."""
-        page = _TEMPLATE.render(title=self.title, notes=self.notes, table=self.table, figures=self.figures)
+        tables = [self.table, *self.more_tables]
+        page = _TEMPLATE.render(title=self.title, notes=self.notes, tables=tables, figures=self.figures)
         write_text(output / PAGE, page)
         if self.tokens is not None:
             with appearing_whole(output / TOKENS) as partial:

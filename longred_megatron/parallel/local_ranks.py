@@ -3,10 +3,11 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -22,6 +23,27 @@ def training_command(recipe: Path | str, num_ranks: int) -> list[str]:
     # Ranks of one machine need no name of it, and not every machine's own name leads to it.
     here = ["--standalone", "--local-addr=localhost", f"--nproc-per-node={num_ranks}"]
     return [sys.executable, "-m", "torch.distributed.run", *here, "-m", "longred_megatron.train", str(recipe)]
+
+
+def run_to_end(command: Sequence[str], folder: Path | None = None) -> None:
+    """Runs a command in a process of its own, in `folder`; one thread a process, unless OMP_NUM_THREADS says otherwise.
+
+    Raises:
+        UserError: it failed, or is not there.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    try:
+        process = subprocess.Popen(command, cwd=folder, env=environment)
+    except OSError as error:
+        raise UserError(f"{command[0]}: cannot be started ({error.strerror}); correct the command") from None
+    try:
+        code = process.wait()
+    finally:  # this process is to stop: so is that one, which ends its ranks
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code:
+        raise UserError(f"`{' '.join(command)}` failed with exit code {code}; its message is above")
 
 
 def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) -> None:

@@ -37,19 +37,25 @@ _RULES = {
 
 
 def of_recipe(values: Any, where: str = "", but: Any = None) -> list[str]:
+    """`of_section` of a recipe."""
+    return of_section(Recipe, values, where, but)
+
+
+def of_section(schema: type[Settings], values: Any, where: str = "", but: Any = None) -> list[str]:
     """One sentence for each value that the schema refuses, in its order; `where` goes before each key's path.
 
     but: other values; what is refused of them in the same way is left out. So are keys that are not texts:
     `recipe_yaml.key_problems` has said it better.
     """
-    known = [] if but is None else [_identity(details) for details in _refused(but)]
-    return [_sentence(details, where) for details in _refused(values) if _identity(details) not in known]
+    known = [] if but is None else [_identity(details) for details in _refused(schema, but)]
+    found = [details for details in _refused(schema, values) if _identity(details) not in known]
+    return [_sentence(schema, details, where) for details in found]
 
 
-def _refused(values: Any) -> list[dict[str, Any]]:
+def _refused(schema: type[Settings], values: Any) -> list[dict[str, Any]]:
     """Pydantic's errors."""
     try:
-        Recipe.model_validate(values)
+        schema.model_validate(values)
     except ValidationError as error:
         return [details for each in error.errors() if not _is_echo(details := dict(each))]
     return []
@@ -73,9 +79,9 @@ def _is_echo(details: dict[str, Any]) -> bool:
     return kind == "too_short" and len(value) != details["ctx"]["actual_length"]
 
 
-def _sentence(details: dict[str, Any], where: str) -> str:
+def _sentence(schema: type[Settings], details: dict[str, Any], where: str) -> str:
     kind, value = details["type"], details["input"]
-    path, field, siblings, known = _look_up(details["loc"])
+    path, field, siblings, known = _look_up(schema, details["loc"])
     path = plain(where + path)
     if kind == "extra_forbidden":
         return _unknown_key(path, siblings)
@@ -112,14 +118,16 @@ def _missing_tag(path: str, tag: str, known: list[type[Settings]], named_by_user
     return f"`{path}.{tag}` is missing: {advice}"
 
 
-def _look_up(location: tuple[Any, ...]) -> tuple[str, FieldInfo | None, list[str], list[type[Settings]]]:
+def _look_up(
+    schema: type[Settings], location: tuple[Any, ...]
+) -> tuple[str, FieldInfo | None, list[str], list[type[Settings]]]:
     """The dotted path of an error, its field, the keys known beside it, and the sections that may stand there.
 
     Pydantic's location also holds parts that are no keys of the recipe: which of several sections it is, "[key]", and
     the tags of `Layers`.
     """
     shown: list[str] = []
-    here: Any = Recipe
+    here: Any = schema
     field: FieldInfo | None = None
     siblings: list[str] = []
     for part in location:

@@ -1,0 +1,66 @@
+"""Means over seeds and over texts or prompts, with intervals for both."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """low, high: the ends of the interval of `CONFIDENCE`."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def differences(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """ours - theirs, [seeds, units]: paired by unit (text, prompt), and by seed where both have as many.
+
+    A model with a single seed is compared with each of the other's; of two that differ otherwise, the first seeds of
+    both are.
+    """
+    a, b = np.asarray(ours, float), np.asarray(theirs, float)
+    if 1 not in (len(a), len(b)):
+        seeds = min(len(a), len(b))
+        a, b = a[:seeds], b[:seeds]
+    return a - b
+
+
+def estimate(values: NDArray[np.float64]) -> Estimate:
+    """The mean of values[seeds, units] and its interval, for other seeds and other units (texts or prompts).
+
+    With seeds and units as crossed random effects, the squared standard error of the mean is at most
+
+        var over seeds of (mean over units) / seeds + var over units of (mean over seeds) / units
+
+    (it counts the rest twice), on the degrees of freedom of Welch and Satterthwaite. Of one seed, the interval is for
+    other units alone.
+    """
+    parts = [
+        (means.var(ddof=1) / len(means), len(means) - 1) for means in (values.mean(1), values.mean(0)) if len(means) > 1
+    ]
+    square = sum(part for part, _ in parts)
+    mean = float(values.mean())
+    if not square > 0:
+        return Estimate(mean, mean, mean)
+    degrees = square**2 / sum(part**2 / free for part, free in parts)
+    half = t_quantile(degrees) * math.sqrt(square)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def t_quantile(degrees: float) -> float:
+    """q with P(|T| <= q) = `CONFIDENCE` for Student's t of `degrees` degrees of freedom, 1 or more.
+
+    With T = sqrt(degrees) tan(a), a has a density proportional to cos(a)^(degrees - 1), which is summed up.
+    """
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    middles = (angles[1:] + angles[:-1]) / 2
+    cumulative = np.cumsum(np.cos(middles) ** (degrees - 1))
+    place = np.interp(CONFIDENCE * cumulative[-1], cumulative, angles[1:])
+    return math.sqrt(degrees) * math.tan(place)
