@@ -24,6 +24,9 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf --output report --long-text texts/books \\
       --tasks ruler --questions squad.jsonl --lengths 4096 8192 16384 32768 --prompt-sets 2 --samples 2
 
+  # the prompts alone, to ask them of a model in another runtime
+  python tools/evaluate.py --hf models/base --window 131072 --write-prompts prompts.jsonl
+
 Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
 them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
 results.json. It must be new, empty, or hold an earlier report."""
@@ -45,7 +48,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--hf", nargs="+", required=True, **folder, help="Hugging Face folders; the first is the reference")
     add("--reference", **folder, help="the model the others started from, instead of the first --hf")
     add("--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)")
-    add("--output", required=True, **folder, help="folder for the report")
+    place = parser.add_mutually_exclusive_group(required=True).add_argument
+    place("--output", **folder, help="folder for the report")
+    place(
+        "--write-prompts", type=Path, metavar="FILE",
+        help="measure nothing, and write all prompts as JSON lines with tokens, text and right answer",
+    )  # fmt: skip
     add = parser.add_argument_group("texts and windows").add_argument
     add("--text", default=[], **paths, help="texts for all measurements")
     add("--short-text", **paths, help="texts for the original window, instead of --text")
@@ -89,11 +97,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
-    from longred_megatron.evaluation.evaluate import evaluate
+    from longred_megatron.evaluation.evaluate import evaluate, write_prompt_file
     from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
     from longred_megatron.evaluation.settings import Settings
 
-    report_beside(options.output)
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),
         long_texts=tuple(options.text if options.long_text is None else options.long_text),
@@ -114,6 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
         device=options.device,
         dtype=options.dtype,
     )
+    if options.write_prompts:
+        number = write_prompt_file(options.hf, options.write_prompts, settings=settings, reference=options.reference)
+        print(f"written: {number:,} prompts to {options.write_prompts}")
+        return
+    report_beside(options.output)
     evaluate(
         options.hf,
         options.output,

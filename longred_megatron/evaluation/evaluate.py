@@ -24,6 +24,7 @@ from longred_megatron.evaluation.models import (
     resolve_device,
     resolve_dtype,
 )
+from longred_megatron.evaluation.prompt_file import FLAG, check_prompt_file, write_prompts
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.settings import Settings
 from longred_megatron.evaluation.tasks import chosen_tasks
@@ -60,7 +61,8 @@ def evaluate(
     """
     started = time.perf_counter()
     settings = settings or Settings()
-    ready = _prepare(models, output, settings, reference, names)
+    report.check_output(output)
+    ready = _prepare(models, settings, reference, names)
     results = _measure(ready, settings)
     finished = Report(
         tuple(results),
@@ -76,6 +78,23 @@ def evaluate(
     write_text(output / report.PAGE, page.render(finished))
     write_text(output / report.RESULTS, finished.to_json())
     return finished
+
+
+def write_prompt_file(
+    models: Sequence[Path], path: Path, *, settings: Settings | None = None, reference: Path | None = None
+) -> int:
+    """Writes the prompts that `evaluate` would ask of the same models, and measures nothing. Returns their number.
+
+    Raises `UserError` as `evaluate`, for a `path` that is there already, and for models of several tokenizers.
+    """
+    check_prompt_file(path)
+    ready = _prepare(models, settings or Settings(), reference, ())
+    if len(ready.corpora) > 1:
+        raise UserError(f"{FLAG}: the models' tokenizers differ; write a file for each of them")
+    [corpus] = ready.corpora.values()
+    for note in (*ready.left_out, *corpus.notes):
+        print(f"note: {note}", file=sys.stderr)
+    return write_prompts(path, corpus.prompts, ready.encoders[0])
 
 
 @dataclass(frozen=True)
@@ -114,12 +133,9 @@ class _Ready:
         )
 
 
-def _prepare(
-    models: Sequence[Path], output: Path, settings: Settings, reference: Path | None, names: Sequence[str]
-) -> _Ready:
+def _prepare(models: Sequence[Path], settings: Settings, reference: Path | None, names: Sequence[str]) -> _Ready:
     facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
     reference_index = 0 if reference is None else [realpath(fact.path) for fact in facts].index(realpath(reference))
-    report.check_output(output)
     original, extended = _windows(facts, facts[reference_index], settings)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)

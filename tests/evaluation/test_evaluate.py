@@ -8,12 +8,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation import page
-from longred_megatron.evaluation.evaluate import default_names, evaluate
+from longred_megatron.evaluation import page, tasks
+from longred_megatron.evaluation.evaluate import default_names, evaluate, write_prompt_file
 from longred_megatron.evaluation.report import KIND, Report, format_table
 from longred_megatron.evaluation.settings import Settings
+from tests.evaluation.conftest import byte_tokenizer
+from tests.evaluation.tasks.test_base import Letters
 
 SMALL = {"num_short_windows": 4, "num_long_windows": 2, "num_depths": 3, "num_samples": 2}
 SMALL |= {"num_prompt_sets": 2, "num_keys": 3}
@@ -305,3 +309,57 @@ def test_command_line_exits_with_two_on_a_users_mistake(
         tool.run_cli(tool.main)
     assert caught.value.code == 2
     assert "none: no such folder" in capsys.readouterr().err
+
+
+def test_prompts_are_written_and_nothing_is_measured(
+    tool: ModuleType, folders: dict[str, Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the file alone gets the score of the report: here with transformers' `generate`."""
+    asked = ["--hf", str(folders["onebos"]), "--text", str(text_file), "--lengths", "128", "--samples", "2"]
+    asked += ["--window", "256", "--short-windows", "1", "--long-windows", "1", "--depths", "2", "--keys", "2"]
+    asked += ["--tasks", "passkey", "letters"]
+    monkeypatch.setitem(tasks.TASKS, "letters", Letters)
+    tool.main([*asked, "--output", str(tmp_path / "report")])
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", None)
+    path = tmp_path / "new" / "prompts.jsonl"
+    tool.main([*asked, "--write-prompts", str(path)])
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    held = json.loads((tmp_path / "report" / "results.json").read_text(encoding="utf-8"))
+    results = {result["task"]: result for result in held["models"][0]["retrieval"]}
+    assert {line["task"] for line in lines} == set(results)
+    network = LlamaForCausalLM.from_pretrained(folders["onebos"])
+    network.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
+    tokenizer = byte_tokenizer(bos=True)
+    scores = []
+    for line in lines:
+        assert tokenizer(line["text"], add_special_tokens=False).input_ids == line["tokens"]
+        written = network.generate(
+            torch.tensor([line["tokens"]]), max_new_tokens=line["max_new_tokens"], do_sample=False
+        )[0, len(line["tokens"]) :].tolist()
+        if line["answer"]:
+            score = float(written[: len(line["answer"])] == line["answer"])
+        else:
+            text = tokenizer.decode(written, skip_special_tokens=True).lower()
+            score = sum(each.lower() in text for each in line["expected"]) / len(line["expected"])
+        cells = results[line["task"]]["cells"]
+        [cell] = [c for c in cells if (c["length"], c["depth"]) == (line["length"], line["depth"])]
+        per_set = len(cell["scores"]) // 3
+        assert cell["scores"][line["prompt_set"] * per_set + line["sample"]] == score
+        scores.append(score)
+    assert len(set(scores)) > 1
+
+
+def test_prompts_are_not_written_over_a_file(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match=r"kept.jsonl: is there already"):
+        write_prompt_file([folders["base"]], kept, settings=settings_for(text_file))
+    with pytest.raises(UserError, match="tokenizers differ; write a file for each"):
+        write_prompt_file(
+            [folders["base"], folders["onebos"]],
+            tmp_path / "new.jsonl",
+            settings=settings_for(text_file, extended_window=256),
+        )
+    assert kept.read_text(encoding="utf-8") == "mine" and [*tmp_path.iterdir()] == [kept]

@@ -35,6 +35,10 @@ COMMANDS: dict[str, tuple[Words, str]] = {
     ),
     "prepare_data --output": (lambda out: (*PREPARE[:-3], "--output", f"{out}", "--input", "corpus"), "--output|PATH"),
     "evaluate --output": (lambda out: (*EVALUATE[:-2], out, "--hf", "model"), "--output|PATH"),
+    "evaluate --write-prompts": (
+        lambda out: (*EVALUATE[:-3], "--write-prompts", out, "--hf", "model"),
+        "--write-prompts|PATH",
+    ),
     "select_layers --output": (lambda out: (*SELECT, "--output", out), "--output|PATH"),
     "analyze drift --output": (lambda out: (*DRIFT, "model", "run/hf", "--output", out), "--output|PATH"),
     "analyze fp8 --output": (lambda out: (*FP8, "model", "--output", out), "--output|PATH"),
@@ -100,6 +104,7 @@ def in_use() -> Iterator[Case]:
     """The output is something else of the user's."""
     for command in (
         "evaluate --output",
+        "evaluate --write-prompts",
         "select_layers --output",
         "analyze drift --output",
         "analyze fp8 --output",
