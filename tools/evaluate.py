@@ -5,9 +5,12 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longred_megatron.errors import report_beside, run_cli
+
+if TYPE_CHECKING:
+    from longred_megatron.evaluation.settings import Settings
 
 EXAMPLES = """examples:
   # the original model first, then what was made of it
@@ -27,6 +30,9 @@ EXAMPLES = """examples:
   # the prompts alone, to ask them of a model in another runtime
   python tools/evaluate.py --hf models/base --window 131072 --write-prompts prompts.jsonl
 
+  # short-text skills by published benchmarks, whose data sets are on disk already
+  python tools/evaluate.py --hf models/base runs/a/hf --output report --benchmarks mmlu piqa lambada
+
 Texts are .txt files (one document each), .jsonl files (one a line), .parquet files (one a row), or folders of
 them; with none, the Python standard library's sources of this machine. The output folder gets report.html and
 results.json. It must be new, empty, or hold an earlier report."""
@@ -35,7 +41,6 @@ results.json. It must be new, empty, or hold an earlier report."""
 def parse(arguments: list[str]) -> argparse.Namespace:
     from longred_megatron.dtypes import TORCH_DTYPES  # here and below: what takes seconds to import, see `run_cli`
     from longred_megatron.evaluation.settings import Settings
-    from longred_megatron.evaluation.tasks import GROUPS, TASKS
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -66,10 +71,27 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--original-window", **number, help="original window in tokens (default: the reference's)")
     add("--short-windows", default=default.num_short_windows, **number, help="windows of short text (%(default)s)")
     add("--long-windows", default=default.num_long_windows, **number, help="windows of long text (%(default)s)")
+    _add_tasks(parser, default)
+    add = parser.add_argument_group("running").add_argument
+    devices, dtypes = ("auto", "cpu", "cuda"), ("auto", *TORCH_DTYPES)
+    add("--device", choices=devices, default=default.device, help="default: CUDA where there is a GPU")
+    add("--dtype", choices=dtypes, default=default.dtype, help="default: bfloat16 on CUDA, float32 on a CPU")
+    add("--tokens-per-batch", **number, help="default: 16384 on CUDA, 2048 on a CPU (its caches are small)")
+    add("--seed", default=default.seed, **number, help="order of texts and prompts (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _add_tasks(parser: argparse.ArgumentParser, default: "Settings") -> None:
+    """The flags of tasks and benchmarks."""
+    from longred_megatron.evaluation.benchmarks.harness import ALLOW_CODE
+    from longred_megatron.evaluation.benchmarks.published import PUBLISHED
+    from longred_megatron.evaluation.tasks import GROUPS, TASKS
+
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
     add = parser.add_argument_group("tasks").add_argument
     add(
         "--tasks", nargs="+", default=default.tasks, metavar="NAME",
-        help=f"of {', '.join(TASKS)}; {', '.join(GROUPS)} for all of them (default: {' '.join(default.tasks)})",
+        help=f"of {', '.join(TASKS)}; {', '.join(GROUPS)}: all of that group (default: {' '.join(default.tasks)})",
     )  # fmt: skip
     add(
         "--lengths", nargs="+", default=[], **number,
@@ -85,13 +107,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         help='for qa_1 and qa_2: .jsonl, {"question": ..., "answers": [...], "context": ...} a line, or "documents": '
         "[...] for a question that needs several",
     )  # fmt: skip
-    add = parser.add_argument_group("running").add_argument
-    devices, dtypes = ("auto", "cpu", "cuda"), ("auto", *TORCH_DTYPES)
-    add("--device", choices=devices, default=default.device, help="default: CUDA where there is a GPU")
-    add("--dtype", choices=dtypes, default=default.dtype, help="default: bfloat16 on CUDA, float32 on a CPU")
-    add("--tokens-per-batch", **number, help="default: 16384 on CUDA, 2048 on a CPU (its caches are small)")
-    add("--seed", default=default.seed, **number, help="order of texts and prompts (%(default)s)")
-    return parser.parse_args(arguments)
+    title = "published benchmarks, by lm-evaluation-harness (extra `eval`), offline"
+    add = parser.add_argument_group(title).add_argument
+    add(
+        "--benchmarks", nargs="+", default=[], metavar="NAME",
+        help=f"of {', '.join(PUBLISHED)}, and tasks of --benchmark-tasks (default: none). humaneval runs code that the "
+        f"model writes, only with {ALLOW_CODE}=1",
+    )  # fmt: skip
+    add("--benchmark-tasks", type=Path, metavar="DIR", help="your own task files (YAML) for the harness")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -116,6 +139,8 @@ def main(arguments: list[str] | None = None) -> None:
         num_samples=options.samples,
         num_keys=options.keys,
         questions=options.questions,
+        benchmarks=tuple(options.benchmarks),
+        benchmark_tasks=options.benchmark_tasks,
         tokens_per_batch=options.tokens_per_batch,
         seed=options.seed,
         device=options.device,

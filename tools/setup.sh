@@ -46,7 +46,7 @@ find .venv/lib -name '*.dist-info' -type d ! -exec test -e '{}/RECORD' ';' -prun
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt setuptools || unfinished
 say 'after the downloads, pip unpacks for a minute or two without a word.'
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt \
-    --no-build-isolation --editable '.[dev,gguf]' || unfinished
+    --no-build-isolation --editable '.[dev,eval,gguf]' || unfinished
 # Transformer Engine's Python alone (1 MB), for tests/gpu_path. Beside the environment's packages: Megatron would find it
 # among them, and cannot be imported with it where its compiled part is missing.
 "$python" -m pip install --disable-pip-version-check --constraint constraints.txt --quiet \

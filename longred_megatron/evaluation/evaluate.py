@@ -15,6 +15,8 @@ import transformers
 import longred_megatron
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation import page, report
+from longred_megatron.evaluation.benchmarks.harness import chosen_benchmarks
+from longred_megatron.evaluation.benchmarks.published import Benchmark
 from longred_megatron.evaluation.corpus import Corpus, build_corpus, with_shared_tasks
 from longred_megatron.evaluation.measure import Measured, measure_model
 from longred_megatron.evaluation.models import (
@@ -111,6 +113,7 @@ class _Ready:
     grid: Grid
     sources: tuple[TextSource, TextSource]
     left_out: list[str]
+    benchmarks: list[Benchmark]
     corpora: dict[str, Corpus]
     device: torch.device
     dtype: torch.dtype
@@ -140,6 +143,7 @@ def _prepare(models: Sequence[Path], settings: Settings, reference: Path | None,
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     sources = _sources(settings)
+    benchmarks = chosen_benchmarks(settings.benchmarks, settings.benchmark_tasks)
     tasks, left_out = chosen_tasks(settings.tasks, settings.options())
     grid = settings.grid(original, extended)
     encoders = [load_encoder(fact.path) for fact in facts]
@@ -148,7 +152,7 @@ def _prepare(models: Sequence[Path], settings: Settings, reference: Path | None,
         for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
     }
     return _Ready(
-        facts, all_names, encoders, reference_index, original, extended, grid, sources, left_out,
+        facts, all_names, encoders, reference_index, original, extended, grid, sources, left_out, benchmarks,
         with_shared_tasks(corpora), device, dtype, settings.tokens_per_batch or TOKENS_PER_BATCH[device.type],
     )  # fmt: skip
 
@@ -159,7 +163,8 @@ def _measure(ready: _Ready, settings: Settings) -> list[ModelReport]:
     def measured(index: int, base: Measured | None = None) -> Measured:
         encoder = ready.encoders[index]
         model = load_model(ready.facts[index], ready.names[index], encoder, ready.device, ready.dtype)
-        return measure_model(model, ready.corpora[encoder.fingerprint], ready.tokens_per_batch, settings.seed, base)
+        corpus = ready.corpora[encoder.fingerprint]
+        return measure_model(model, corpus, ready.benchmarks, ready.tokens_per_batch, settings.seed, base)
 
     base = measured(ready.reference)
     # No more than the reference and one other are in memory.

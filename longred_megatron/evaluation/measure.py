@@ -1,8 +1,14 @@
 """All measurements of one model."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from longred_megatron.evaluation.benchmarks.harness import measure_benchmarks
+from longred_megatron.evaluation.benchmarks.published import Benchmark
+from longred_megatron.evaluation.benchmarks.results import by_ability
+from longred_megatron.evaluation.by_length import scores_by_length
 from longred_megatron.evaluation.corpus import Corpus
+from longred_megatron.evaluation.effective_length import effective_lengths
 from longred_megatron.evaluation.models import CausalModel
 from longred_megatron.evaluation.perplexity import Losses, loss_by_position, measure_losses
 from longred_megatron.evaluation.report import ModelReport
@@ -24,7 +30,12 @@ class Measured:
 
 
 def measure_model(
-    model: CausalModel, corpus: Corpus, tokens_per_batch: int, seed: int, reference: Measured | None = None
+    model: CausalModel,
+    corpus: Corpus,
+    benchmarks: Sequence[Benchmark],
+    tokens_per_batch: int,
+    seed: int,
+    reference: Measured | None = None,
 ) -> Measured:
     """Measures one model and compares it with `reference`, None for the reference itself. What needs the same tokens is
     compared where the tokenizers agree."""
@@ -42,7 +53,12 @@ def measure_model(
         paired = None
     short = measure_losses(model, corpus.short, tokens_per_batch, "short texts")
     long = measure_losses(model, corpus.long, tokens_per_batch, "long texts")
+    answered = measure_benchmarks(model, benchmarks, tokens_per_batch)
     theirs = {result.task: result for result in paired.report.retrieval} if paired else {}
+    retrieval = tuple(
+        measure_task(model, task, prompts, tokens_per_batch, seed, theirs.get(task.name))
+        for task, prompts in corpus.prompts.items()
+    )
     report = ModelReport(
         name=model.name,
         path=str(model.facts.path),
@@ -53,10 +69,10 @@ def measure_model(
         num_parameters=model.num_parameters,
         short=loss_by_position(short, corpus.short, seed, paired.short if paired else None),
         long=loss_by_position(long, corpus.long, seed, paired.long if paired else None),
-        retrieval=tuple(
-            measure_task(model, task, prompts, tokens_per_batch, seed, theirs.get(task.name))
-            for task, prompts in corpus.prompts.items()
-        ),
+        retrieval=retrieval,
+        effective_lengths=effective_lengths(scores_by_length(retrieval)),
+        benchmarks=answered,
+        abilities=by_ability(answered, reference.report.benchmarks) if reference else (),
         similarity=similarity,
         notes=tuple(notes),
     )

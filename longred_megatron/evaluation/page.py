@@ -9,12 +9,10 @@ from longred_megatron.evaluation.report import (
     ModelReport,
     Report,
     all_notes,
-    number,
-    percent,
-    percent_change,
     summary,
-    task_table,
+    tables,
 )
+from longred_megatron.evaluation.table import number, percent, percent_change
 
 # Autoescape: names, paths and notes come from outside.
 _ENVIRONMENT = jinja2.Environment(
@@ -33,7 +31,7 @@ def render(report: Report) -> str:
     return _ENVIRONMENT.get_template("page.html").render(
         report=report,
         columns=summary(report),
-        tasks=task_table(report),
+        tables=tables(report),
         notes=all_notes(report),
         finding=_finding,
         plots=plots,

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.benchmarks.results import AbilityResult, BenchmarkResult, benchmark_table
 from longred_megatron.evaluation.by_length import ByLength, scores_by_length, task_by_length
-from longred_megatron.evaluation.intervals import CONFIDENCE, Interval
+from longred_megatron.evaluation.effective_length import EffectiveLength, effective_length_table
+from longred_megatron.evaluation.intervals import CONFIDENCE
 from longred_megatron.evaluation.perplexity import LossByPosition, perplexity
 from longred_megatron.evaluation.similarity import LayerSimilarity
+from longred_megatron.evaluation.table import Cell, Column, Table, aligned, between, number, percent, percent_change
 from longred_megatron.evaluation.tasks.results import LengthScore, TaskResult
 from longred_megatron.files import try_output
 
@@ -23,7 +26,7 @@ RESULTS, PAGE = "results.json", "report.html"
 @dataclass(frozen=True)
 class ModelReport:
     """All measurements of one model. similarity is None for the reference, and where it cannot be computed
-    (`notes` says why)."""
+    (`notes` says why); abilities: what is kept of them, empty for the reference."""
 
     name: str
     path: str
@@ -35,6 +38,9 @@ class ModelReport:
     short: LossByPosition
     long: LossByPosition
     retrieval: tuple[TaskResult, ...]
+    effective_lengths: tuple[EffectiveLength, ...]
+    benchmarks: tuple[BenchmarkResult, ...]
+    abilities: tuple[AbilityResult, ...]
     similarity: LayerSimilarity | None
     notes: tuple[str, ...]
 
@@ -73,23 +79,6 @@ class Report:
         for model in plain["models"]:
             model["retrieval"] = [{**result.pop("facts"), **result} for result in model["retrieval"]]
         return json.dumps(_finite({"kind": KIND, **plain}), indent=1, allow_nan=False) + "\n"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A figure of the table, ready to print, and its interval or nothing."""
-
-    value: str
-    interval: str = ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table. explanation: one sentence for the page."""
-
-    title: str
-    explanation: str
-    cells: tuple[Cell, ...]
 
 
 def summary(report: Report) -> list[Column]:
@@ -138,72 +127,57 @@ def task_columns(report: Report) -> list[Column]:
     ]
 
 
-def task_table(report: Report) -> list[Column]:
-    """Where tasks have a group: one a row at its longest prompts, one column a model. Else nothing."""
+def tables(report: Report) -> list[Table]:
+    """The tables below the summary: those that there is something for."""
+    names = [model.name for model in report.models]
+    found = [_task_table(report)] if any(result.group for result in report.reference.retrieval) else []
+    found.append(effective_length_table(names, [model.effective_lengths for model in report.models]))
+    if report.reference.benchmarks:
+        results = [model.benchmarks for model in report.models]
+        found.append(benchmark_table(names, results, [model.abilities for model in report.models]))
+    return found
+
+
+def _task_table(report: Report) -> Table:
+    """The tasks of groups: one a row at its longest prompts, one column a model."""
     tasks = [result for result in report.reference.retrieval if result.group]
-    if not tasks:
-        return []
-    names = tuple(Cell(f"{result.task} @{result.longest.length:,}") for result in tasks)
-    columns = [Column("task", "", names)]
+    columns = [Column("task", "", tuple(Cell(f"{result.task} @{result.longest.length:,}") for result in tasks))]
     for model in report.models:
         scores = {result.task: result.longest for result in model.retrieval}
         columns.append(Column(model.name, "", tuple(_score_cell(scores[result.task]) for result in tasks)))
-    return columns
+    return Table("Tasks at their longest length", "Mean score, and its 95 % interval over prompts.", tuple(columns))
 
 
 def _at_longest(model: ModelReport, name: str) -> Cell:
     """The score of a task or group at the longest prompts of the model."""
     for each in model.by_length:
         if each.name == name:
-            return Cell(percent(each.scores[each.longest]), _between(each.intervals[each.longest], percent))
+            return Cell(percent(each.scores[each.longest]), between(each.intervals[each.longest], percent))
     return Cell("-")
 
 
 def _perplexity_cell(losses: LossByPosition) -> Cell:
-    return Cell(number(losses.perplexity), _between(losses.perplexity_interval, number))
+    return Cell(number(losses.perplexity), between(losses.perplexity_interval, number))
 
 
 def _change_cell(losses: LossByPosition, reference: ModelReport) -> Cell:
     change = percent_change(losses.perplexity, reference.short.perplexity)
     interval = losses.against_reference.interval if losses.against_reference else None
-    return Cell(change, _between(interval, lambda loss: percent_change(perplexity(loss), 1.0)))
+    return Cell(change, between(interval, lambda loss: percent_change(perplexity(loss), 1.0)))
 
 
 def _score_cell(score: LengthScore) -> Cell:
-    return Cell(percent(score.accuracy), _between(score.interval, percent))
-
-
-def _between(interval: Interval | None, shown: Callable[[float], str]) -> str:
-    """Both ends; units that both carry are said once."""
-    if interval is None:
-        return ""
-    low, high = shown(interval.low), shown(interval.high)
-    return f"{low.removesuffix(' %')} to {high}" if high.endswith(" %") else f"{low} to {high}"
+    return Cell(percent(score.accuracy), between(score.interval, percent))
 
 
 def format_table(report: Report) -> str:
     """The summary as aligned plain text, 95 % intervals in brackets, and the notes below it."""
-    lines = _aligned([Column("model", "", tuple(Cell(model.name) for model in report.models)), *summary(report)])
-    if many := task_table(report):
-        lines += ["", *_aligned(many)]
+    lines = aligned([Column("model", "", tuple(Cell(model.name) for model in report.models)), *summary(report)])
+    for table in tables(report):
+        lines += ["", f"{table.title}:", *aligned(table.columns)]
+    lines.append("")
     legend = f"in brackets: {CONFIDENCE:.0%} intervals, over documents and over prompts"
     return "\n".join([*lines, legend, *(f"note: {note}" for note in all_notes(report))])
-
-
-def _aligned(columns: list[Column]) -> list[str]:
-    texts = [
-        [column.title, *(f"{c.value} ({c.interval})" if c.interval else c.value for c in column.cells)]
-        for column in columns
-    ]
-    widths = [max(map(len, column)) for column in texts]
-    lines = []
-    for row in zip(*texts, strict=True):
-        first, *others = (
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join([first, *others]))
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return lines
 
 
 def all_notes(report: Report) -> list[str]:
@@ -211,25 +185,6 @@ def all_notes(report: Report) -> list[str]:
     common = [note for note in report.reference.notes if all(note in model.notes for model in report.models)]
     own = [f"{model.name}: {note}" for model in report.models for note in model.notes if note not in common]
     return [*report.notes, *common, *own]
-
-
-def number(value: float) -> str:
-    """A perplexity: two digits after the point below 1,000, none from there to a million, powers of ten
-    above."""
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.2f}" if value < 1e3 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
-
-
-def percent(share: float) -> str:
-    """A share of 1 in whole percent."""
-    return f"{100 * share:.0f} %"
-
-
-def percent_change(value: float, reference: float) -> str:
-    """How much `value` lies above `reference`, in percent; from a hundredfold on, and if not finite, their ratio."""
-    change = 100 * (value / reference - 1)
-    return f"{change:+.1f} %" if math.isfinite(change) and change < 1e4 else f"x {number(value / reference)}"
 
 
 def _each(report: Report, cell: Callable[[ModelReport], Cell]) -> tuple[Cell, ...]:

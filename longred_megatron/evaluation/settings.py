@@ -31,7 +31,8 @@ class Settings:
     extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
     text_key: the text's key in .jsonl lines, and its column in .parquet files. tasks: names in `TASKS` or `GROUPS`;
     of each, num_prompt_sets independent sets with num_samples prompts for every length and depth. questions: a file of
-    them, see `read_questions`. tokens_per_batch: rows of a window are batched up to this many tokens.
+    them, see `read_questions`. benchmarks, benchmark_tasks: see `chosen_benchmarks`. tokens_per_batch: rows of a window
+    are batched up to this many tokens.
     """
 
     short_texts: tuple[Path, ...] = ()
@@ -48,6 +49,8 @@ class Settings:
     num_samples: int = 4
     num_keys: int = 4
     questions: Path | None = None
+    benchmarks: tuple[str, ...] = ()
+    benchmark_tasks: Path | None = None
     tokens_per_batch: int | None = None
     seed: int = 2024
     device: str = "auto"

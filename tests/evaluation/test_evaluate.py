@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation import page, tasks
+from longred_megatron.evaluation.benchmarks.results import BenchmarkResult, by_ability
 from longred_megatron.evaluation.evaluate import default_names, evaluate, write_prompt_file
 from longred_megatron.evaluation.report import KIND, Report, format_table
 from longred_megatron.evaluation.settings import Settings
@@ -124,10 +125,47 @@ def test_tasks_of_a_group_have_a_table_of_their_own(report: Report) -> None:
     grouped = replace(report, models=models)
     lines = format_table(grouped).splitlines()
     assert "both @256" in lines[0] and "passkey" not in lines[0]
-    assert lines[6].split() == ["task", "the", "original", "the", "<longer>", "wide"]
-    assert [line.split()[0] for line in lines[8:10]] == ["passkey", "multi-key"]
+    start = lines.index("Tasks at their longest length:")
+    assert lines[start + 1].split() == ["task", "the", "original", "the", "<longer>", "wide"]
+    assert [line.split()[0] for line in lines[start + 3 : start + 5]] == ["passkey", "multi-key"]
     html = page.render(grouped)
     assert "Tasks at their longest length" in html and "multi-key @256" in html and "BOTH, 2 tasks" in html
+
+
+def test_effective_lengths_are_in_table_page_and_results(report: Report) -> None:
+    lines = format_table(report).splitlines()
+    start = lines.index("Effective length:")
+    assert lines[start + 3].split("  ")[0] == "passkey, at least 85.6 %"
+    assert lines[start + 3].count("none (asked 86 %)") == 3
+    assert "<h2>Effective length</h2>" in page.render(report)
+    [first, *_] = json.loads(report.to_json())["models"][0]["effective_lengths"]
+    assert first == {
+        "name": "passkey", "rule": "at least 85.6 %", "threshold": 0.856, "length": None, "sure_length": None,
+        "measured": 256,
+    }  # fmt: skip
+
+
+def test_benchmarks_are_in_table_page_and_results(report: Report) -> None:
+    def result(scores: list[float]) -> BenchmarkResult:
+        return BenchmarkResult("piqa", "language", "piqa", "acc,none", None, 4, sum(scores) / 4, tuple(scores))
+
+    before, after = (result([1.0, 1.0, 1.0, 0.0]),), (result([1.0, 1.0, 0.0, 0.0]),)
+    models = tuple(
+        replace(model, benchmarks=before)
+        if model.is_reference
+        else replace(model, benchmarks=after, abilities=by_ability(after, before))
+        for model in report.models
+    )
+    measured = replace(report, models=models)
+    lines = format_table(measured).splitlines()
+    start = lines.index("Published benchmarks on short texts:")
+    scores, kept = lines[start + 3 : start + 5]
+    assert scores.startswith("piqa (4 questions)  75 % (30 to 95 %)  50 % (15 to 85 %)")
+    assert kept.startswith("language, kept") and "reference" in kept and "67 % (" in kept
+    html = page.render(measured)
+    assert "<h2>Published benchmarks on short texts</h2>" in html and "language, kept" in html
+    assert json.loads(measured.to_json())["models"][1]["abilities"][0]["kept"] == pytest.approx(2 / 3)
+    assert "Published benchmarks" not in format_table(report) + page.render(report)
 
 
 def test_table_is_aligned_and_complete(report: Report) -> None:
