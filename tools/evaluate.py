@@ -27,6 +27,9 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf --output report --long-text texts/books \\
       --tasks ruler --questions squad.jsonl --lengths 4096 8192 16384 32768 --prompt-sets 2 --samples 2
 
+  # every checkpoint of a run beside the model it started from
+  python tools/evaluate.py --hf models/base --runs runs/a --output report
+
   # the prompts alone, to ask them of a model in another runtime
   python tools/evaluate.py --hf models/base --window 131072 --write-prompts prompts.jsonl
 
@@ -51,6 +54,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     number: dict[str, Any] = {"type": int, "metavar": "N"}
     add = parser.add_argument_group("models and output").add_argument
     add("--hf", nargs="+", required=True, **folder, help="Hugging Face folders; the first is the reference")
+    add("--runs", nargs="+", default=[], **folder, help="run folders: each of their checkpoints is one more model")
     add("--reference", **folder, help="the model the others started from, instead of the first --hf")
     add("--name", nargs="+", default=[], metavar="NAME", help="a name for each --hf (default: from its path)")
     place = parser.add_mutually_exclusive_group(required=True).add_argument
@@ -147,7 +151,9 @@ def main(arguments: list[str] | None = None) -> None:
         dtype=options.dtype,
     )
     if options.write_prompts:
-        number = write_prompt_file(options.hf, options.write_prompts, settings=settings, reference=options.reference)
+        number = write_prompt_file(
+            options.hf, options.write_prompts, settings=settings, reference=options.reference, runs=options.runs
+        )
         print(f"written: {number:,} prompts to {options.write_prompts}")
         return
     report_beside(options.output)
@@ -157,6 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings=settings,
         reference=options.reference,
         names=options.name,
+        runs=options.runs,
         command=shlex.join(["python", "tools/evaluate.py", *arguments]),
         show=lambda report: print(format_table(report), flush=True),
     )

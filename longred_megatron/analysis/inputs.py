@@ -1,12 +1,9 @@
 """What the studies of models take: Hugging Face folders, checkpoints of runs, and texts; and the flags for them."""
 
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor
 from longred_megatron.analysis.measure import study_device
 from longred_megatron.analysis.walk import open_network
 from longred_megatron.checkpoint.distributed import read_description
+from longred_megatron.checkpoint.of_run import checkpoints_to_study, exported
 from longred_megatron.data.sequences import IndexedSequences, check_tokens
 from longred_megatron.data.tokenizer import check_same_tokenizer
 from longred_megatron.errors import UserError, listed
@@ -23,7 +21,6 @@ from longred_megatron.evaluation.models import read_facts, resolve_dtype
 from longred_megatron.evaluation.report import check_output
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
 from longred_megatron.families import Architecture, read_architecture
-from longred_megatron.training.run_folder import checkpoints
 
 MOST_TOKENS = 2**20
 
@@ -39,14 +36,11 @@ class Model:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A Hugging Face folder with it; of a checkpoint a temporary one, written by a process of its own."""
+        """A Hugging Face folder with it; of a checkpoint a temporary one."""
         if self.step is None:
             yield self.path
             return
-        with tempfile.TemporaryDirectory(prefix="study-") as temporary:
-            hf = Path(temporary) / "hf"
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                pool.submit(_export, self.path, hf).result()
+        with exported(self.path) as hf:
             yield hf
 
     def open(self) -> Any:
@@ -57,12 +51,6 @@ class Model:
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "path": str(self.path), "step": self.step, "rope": self.architecture.rope}
-
-
-def _export(checkpoint: Path, hf: Path) -> None:
-    from longred_megatron.checkpoint.convert import megatron_to_hf  # changes torch on a CPU: see `cpu_shim`
-
-    megatron_to_hf(checkpoint, hf)
 
 
 def add_arguments(parser: ArgumentParser, hf: str, length: str, texts: int) -> None:
@@ -94,11 +82,7 @@ def models_of(options: Namespace, kind: str) -> list[Model]:
     check_number("texts", options.texts, 1)
     found = [Model(_name(hf), hf, _architecture(hf)) for hf in options.hf]
     for run in options.runs:
-        steps = checkpoints(run)
-        if not steps:
-            raise UserError(
-                f"--runs {run}: no run folder with checkpoints; give the run.dir of a run that has saved one"
-            )
+        steps = checkpoints_to_study(run)
         found += [Model(f"{run.name} step {k}", path, read_description(path).architecture, k) for k, path in steps]
     return found
 

@@ -21,20 +21,17 @@ from longred_megatron.evaluation.corpus import Corpus, build_corpus, with_shared
 from longred_megatron.evaluation.measure import Measured, measure_model
 from longred_megatron.evaluation.models import (
     ModelFacts,
-    load_model,
-    read_facts,
     resolve_device,
     resolve_dtype,
 )
 from longred_megatron.evaluation.prompt_file import FLAG, check_prompt_file, write_prompts
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.settings import Settings
+from longred_megatron.evaluation.subjects import Subject, subjects_of
 from longred_megatron.evaluation.tasks import chosen_tasks
 from longred_megatron.evaluation.tasks.grid import Grid
 from longred_megatron.evaluation.texts import (
-    TextEncoder,
     TextSource,
-    load_encoder,
     text_source,
 )
 from longred_megatron.files import write_text
@@ -50,21 +47,22 @@ def evaluate(
     settings: Settings | None = None,
     reference: Path | None = None,
     names: Sequence[str] = (),
+    runs: Sequence[Path] = (),
     command: str | None = None,
     show: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Measures Hugging Face folders and writes `output`/results.json and `output`/report.html.
 
     reference: the model the others started from, default the first of `models`; one that is not among them is measured
-    first. names: one for each of `models`, default the shortest ends of their paths that differ. command: shown at the
-    end of the page. show: gets the report before it is written, which a full disk may prevent. Raises `UserError` for
-    missing folders, texts too short, settings out of range, or an `output` that cannot be written or holds other
-    files: before any weight is loaded.
+    first. names: one for each of `models`, default the shortest ends of their paths that differ. runs: run folders,
+    of which every checkpoint is one more model. command: shown at the end of the page. show: gets the report before it
+    is written, which a full disk may prevent. Raises `UserError` for missing folders, texts too short, settings out of
+    range, or an `output` that cannot be written or holds other files: before any weight is loaded.
     """
     started = time.perf_counter()
     settings = settings or Settings()
     report.check_output(output)
-    ready = _prepare(models, settings, reference, names)
+    ready = _prepare(models, settings, reference, names, runs)
     results = _measure(ready, settings)
     finished = Report(
         tuple(results),
@@ -83,30 +81,33 @@ def evaluate(
 
 
 def write_prompt_file(
-    models: Sequence[Path], path: Path, *, settings: Settings | None = None, reference: Path | None = None
+    models: Sequence[Path],
+    path: Path,
+    *,
+    settings: Settings | None = None,
+    reference: Path | None = None,
+    runs: Sequence[Path] = (),
 ) -> int:
     """Writes the prompts that `evaluate` would ask of the same models, and measures nothing. Returns their number.
 
     Raises `UserError` as `evaluate`, for a `path` that is there already, and for models of several tokenizers.
     """
     check_prompt_file(path)
-    ready = _prepare(models, settings or Settings(), reference, ())
+    ready = _prepare(models, settings or Settings(), reference, runs=runs)
     if len(ready.corpora) > 1:
         raise UserError(f"{FLAG}: the models' tokenizers differ; write a file for each of them")
     [corpus] = ready.corpora.values()
     for note in (*ready.left_out, *corpus.notes):
         print(f"note: {note}", file=sys.stderr)
-    return write_prompts(path, corpus.prompts, ready.encoders[0])
+    return write_prompts(path, corpus.prompts, ready.subjects[0].encoder)
 
 
 @dataclass(frozen=True)
 class _Ready:
-    """Everything that is known before a weight is loaded. facts, names, encoders: of each model; corpora: by the
+    """Everything that is known before a weight is loaded. reference: its place in `subjects`; corpora: by the
     fingerprint of the tokenizer; left_out: notes on tasks that lack something."""
 
-    facts: list[ModelFacts]
-    names: list[str]
-    encoders: list[TextEncoder]
+    subjects: list[Subject]
     reference: int
     original_window: int
     extended_window: int
@@ -136,76 +137,51 @@ class _Ready:
         )
 
 
-def _prepare(models: Sequence[Path], settings: Settings, reference: Path | None, names: Sequence[str]) -> _Ready:
-    facts, all_names = _facts_and_names([Path(model) for model in models], reference, names, settings)
-    reference_index = 0 if reference is None else [realpath(fact.path) for fact in facts].index(realpath(reference))
-    original, extended = _windows(facts, facts[reference_index], settings)
+def _prepare(
+    models: Sequence[Path],
+    settings: Settings,
+    reference: Path | None,
+    names: Sequence[str] = (),
+    runs: Sequence[Path] = (),
+) -> _Ready:
+    problems = settings.problems()
+    try:
+        subjects = subjects_of([Path(model) for model in models], [Path(run) for run in runs], reference, names)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    places = [realpath(subject.facts.path) for subject in subjects]
+    reference_index = 0 if reference is None else places.index(realpath(reference))
+    original, extended = _windows([subject.facts for subject in subjects], subjects[reference_index].facts, settings)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     sources = _sources(settings)
     benchmarks = chosen_benchmarks(settings.benchmarks, settings.benchmark_tasks)
     tasks, left_out = chosen_tasks(settings.tasks, settings.options())
     grid = settings.grid(original, extended)
-    encoders = [load_encoder(fact.path) for fact in facts]
     corpora = {
         key: build_corpus(encoder, *sources, original, extended, tasks, grid, settings)
-        for key, encoder in {encoder.fingerprint: encoder for encoder in encoders}.items()
+        for key, encoder in {subject.encoder.fingerprint: subject.encoder for subject in subjects}.items()
     }
     return _Ready(
-        facts, all_names, encoders, reference_index, original, extended, grid, sources, left_out, benchmarks,
-        with_shared_tasks(corpora), device, dtype, settings.tokens_per_batch or TOKENS_PER_BATCH[device.type],
+        subjects, reference_index, original, extended, grid, sources, left_out, benchmarks, with_shared_tasks(corpora),
+        device, dtype, settings.tokens_per_batch or TOKENS_PER_BATCH[device.type],
     )  # fmt: skip
 
 
 def _measure(ready: _Ready, settings: Settings) -> list[ModelReport]:
     """The reports in the order of the models; the reference, which the others are compared with, is measured first."""
 
-    def measured(index: int, base: Measured | None = None) -> Measured:
-        encoder = ready.encoders[index]
-        model = load_model(ready.facts[index], ready.names[index], encoder, ready.device, ready.dtype)
-        corpus = ready.corpora[encoder.fingerprint]
-        return measure_model(model, corpus, ready.benchmarks, ready.tokens_per_batch, settings.seed, base)
+    def measured(subject: Subject, base: Measured | None = None) -> Measured:
+        model = subject.load(ready.device, ready.dtype)
+        corpus = ready.corpora[subject.encoder.fingerprint]
+        return measure_model(subject, model, corpus, ready.benchmarks, ready.tokens_per_batch, settings.seed, base)
 
-    base = measured(ready.reference)
+    reference = ready.subjects[ready.reference]
+    base = measured(reference)
     # No more than the reference and one other are in memory.
-    return [
-        base.report if index == ready.reference else measured(index, base).report for index in range(len(ready.facts))
-    ]
-
-
-def _facts_and_names(
-    models: list[Path], reference: Path | None, names: Sequence[str], settings: Settings
-) -> tuple[list[ModelFacts], list[str]]:
-    """Checks everything the user typed about the models, all problems in one error."""
-    problems = settings.problems()
-    if not models:
-        problems.append("--hf: no model given; name at least one Hugging Face folder")
-    if names and len(names) != len(models):
-        problems.append(f"--name: {len(names)} names for {len(models)} models; give one for each --hf")
-    if len(set(names)) != len(names):
-        problems.append("--name: a name is given twice; names must differ")
-    if len({realpath(model) for model in models}) != len(models):
-        problems.append("--hf: a folder is given twice; name each model once")
-    extra = [] if reference is None or realpath(reference) in {realpath(model) for model in models} else [reference]
-    facts = []
-    for path in extra + models:
-        try:
-            facts.append(read_facts(path))
-        except UserError as error:
-            problems += error.problems
-    if problems:
-        raise UserError(*problems)
-    return facts, [*default_names(extra), *names] if names else default_names(extra + models)
-
-
-def default_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: runs/a/hf and runs/b/hf give a/hf and b/hf."""
-    parts = [Path(realpath(path)).parts for path in paths]
-    for length in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return []
+    return [base.report if subject is reference else measured(subject, base).report for subject in ready.subjects]
 
 
 def _sources(settings: Settings) -> tuple[TextSource, TextSource]:

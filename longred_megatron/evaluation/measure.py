@@ -13,6 +13,7 @@ from longred_megatron.evaluation.models import CausalModel
 from longred_megatron.evaluation.perplexity import Losses, loss_by_position, measure_losses
 from longred_megatron.evaluation.report import ModelReport
 from longred_megatron.evaluation.similarity import LayerSimilarity, hidden_state_similarity, why_not_comparable
+from longred_megatron.evaluation.subjects import Subject
 from longred_megatron.evaluation.tasks.results import measure_task
 
 # Each costs a forward pass of two models, and a mean over 16 windows of tokens is steady.
@@ -30,15 +31,18 @@ class Measured:
 
 
 def measure_model(
+    subject: Subject,
     model: CausalModel,
     corpus: Corpus,
     benchmarks: Sequence[Benchmark],
     tokens_per_batch: int,
     seed: int,
-    reference: Measured | None = None,
+    reference: Measured | None,
 ) -> Measured:
-    """Measures one model and compares it with `reference`, None for the reference itself. What needs the same tokens is
-    compared where the tokenizers agree."""
+    """Measures `subject`, loaded as `model`, and compares it with `reference`, None for the reference itself.
+
+    What needs the same tokens is compared where the tokenizers agree.
+    """
     notes = list(corpus.notes)
     similarity: LayerSimilarity | None = None
     if reference is not None:
@@ -63,6 +67,8 @@ def measure_model(
         name=model.name,
         path=str(model.facts.path),
         family=model.facts.family,
+        run=subject.run,
+        step=subject.step,
         is_reference=reference is None,
         max_position_embeddings=model.facts.max_position_embeddings,
         rope=model.facts.rope,

@@ -12,6 +12,7 @@ from longred_megatron.evaluation.report import (
     summary,
     tables,
 )
+from longred_megatron.evaluation.step_plots import steps_figure
 from longred_megatron.evaluation.table import number, percent, percent_change
 
 # Autoescape: names, paths and notes come from outside.
@@ -35,6 +36,7 @@ def render(report: Report) -> str:
         notes=all_notes(report),
         finding=_finding,
         plots=plots,
+        steps_figure=steps_figure,
         variables={name: variable for name, (_, variable) in plots.model_styles(report).items()},
     )
 

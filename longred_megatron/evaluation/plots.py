@@ -60,7 +60,7 @@ def model_styles(report: Report) -> dict[str, tuple[str, str]]:
     styles, index = {}, 0
     for model in report.models:
         colour = REFERENCE_COLOUR
-        if not model.is_reference:
+        if not model.is_reference and model in report.shown:
             colour = MODEL_COLOURS[index % len(MODEL_COLOURS)]
             index += 1
         styles[model.name] = (colour, VARIABLES[colour])
@@ -76,8 +76,8 @@ def loss_figure(report: Report) -> str:
             (left, f"Short texts, window {report.original_window:,}", lambda model: model.short),
             (right, f"Long texts, window {report.extended_window:,}", lambda model: model.long),
         ):
-            for order, model in enumerate(report.models):
-                _draw_losses(axes, report, model, of(model), order)
+            for model in report.shown:
+                _draw_losses(axes, report, model, of(model))
             axes.set_title(title)
             axes.set_xlabel("position in the window (tokens)")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -88,14 +88,12 @@ def loss_figure(report: Report) -> str:
         return svg_of(figure, "loss")
 
 
-def _draw_losses(
-    axes: Axes, report: Report, model: ModelReport, losses: LossByPosition | LossDifference, order: int
-) -> None:
+def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByPosition | LossDifference) -> None:
     positions = [(bucket.start + bucket.stop - 1) / 2 for bucket in losses.buckets]
     values = [bucket.loss for bucket in losses.buckets]
-    line = _line(report, model, order)
+    line = line_of(report, model)
     axes.plot(positions, values, **line, markevery=4)
-    _band(axes, positions, [bucket.interval for bucket in losses.buckets], line)
+    draw_band(axes, positions, [bucket.interval for bucket in losses.buckets], line)
 
 
 def change_figure(report: Report) -> str:
@@ -108,9 +106,9 @@ def change_figure(report: Report) -> str:
             (right, "Long texts", lambda model: model.long),
         ):
             axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2.0, linestyle=(0, (4, 2)), zorder=2)
-            for order, model in enumerate(report.models):
+            for model in report.shown:
                 if of(model).against_reference is not None:
-                    _draw_losses(axes, report, model, of(model).against_reference, order)
+                    _draw_losses(axes, report, model, of(model).against_reference)
             axes.set_title(title)
             axes.set_xlabel("position in the window (tokens)")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -121,7 +119,7 @@ def change_figure(report: Report) -> str:
         return svg_of(figure, "change")
 
 
-def _band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval | None], line: dict[str, Any]) -> None:
+def draw_band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval | None], line: dict[str, Any]) -> None:
     """The 95 % intervals around a line, where there are any."""
     known = [(at, each.low, each.high) for at, each in zip(x, intervals, strict=True) if each is not None]
     if known:
@@ -133,13 +131,13 @@ def length_figure(report: Report) -> str:
     """Scores by prompt length with their intervals, one panel a task; a dot for each prompt set."""
     with matplotlib.rc_context(STYLE):
         tasks = report.reference.panels
-        figure, panels = _panels(len(tasks), height=3.5)
-        for task, axes in zip(tasks, panels, strict=True):
+        figure, all_axes = panels(len(tasks), height=3.5)
+        for task, axes in zip(tasks, all_axes, strict=True):
             lengths = set(task.scores)
-            for order, model in enumerate(report.models):
+            for model in report.shown:
                 for ours in model.panels:
                     if ours.name == task.name:
-                        _draw_scores(axes, ours, _line(report, model, order))
+                        _draw_scores(axes, ours, line_of(report, model))
                         lengths |= set(ours.scores)
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted(lengths), [f"{length:,}" for length in sorted(lengths)])
@@ -157,7 +155,7 @@ def length_figure(report: Report) -> str:
 def _draw_scores(axes: Axes, scores: ByLength, line: dict[str, Any]) -> None:
     lengths = list(scores.scores)
     axes.plot(lengths, list(scores.scores.values()), **line)
-    _band(axes, lengths, list(scores.intervals.values()), line)
+    draw_band(axes, lengths, list(scores.intervals.values()), line)
     dots = {"color": line["color"], "alpha": 0.5, "marker": "o", "markersize": 2.5, "linestyle": "", "clip_on": False}
     for length, sets in scores.sets.items():
         axes.plot([length] * len(sets), sets, **dots)
@@ -168,21 +166,21 @@ def heat_figure(model: ModelReport, number: int) -> str:
     several figures apart."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         results = [result for result in model.retrieval if result.depths]
-        figure, panels = _panels(len(results), height=2.9)
-        for axes, result in zip(panels, results, strict=True):
+        figure, all_axes = panels(len(results), height=2.9)
+        for axes, result in zip(all_axes, results, strict=True):
             _draw_heat(axes, result)
         return svg_of(figure, f"heat{number}")
 
 
-def _panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
+def panels(number: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of so many panels, at most `MOST_COLUMNS` beside each other. height: of a row, in inches."""
     columns = min(number, MOST_COLUMNS)
     rows = -(-number // columns)
     figure = Figure(figsize=(10.4, height * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for unused in panels[number:]:
+    found = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in found[number:]:
         unused.remove()
-    return figure, panels[:number]
+    return figure, found[:number]
 
 
 def _draw_heat(axes: Axes, result: TaskResult) -> None:
@@ -218,10 +216,10 @@ def similarity_figure(report: Report) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.3), layout="constrained")
         axes = figure.subplots()
-        for order, model in enumerate(report.models):
+        for model in report.shown:
             if model.similarity is not None:
                 values = model.similarity.by_layer
-                axes.plot(range(len(values)), values, **_line(report, model, order))
+                axes.plot(range(len(values)), values, **line_of(report, model))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(top=max(1.0, axes.get_ylim()[1]))
         axes.set_xlabel("layer (0 = embeddings)")
@@ -229,11 +227,11 @@ def similarity_figure(report: Report) -> str:
         return svg_of(figure, "similarity")
 
 
-def _line(report: Report, model: ModelReport, order: int) -> dict[str, Any]:
+def line_of(report: Report, model: ModelReport) -> dict[str, Any]:
     """How a model's line looks: the same in every figure; the reference dashed and below the others."""
     return {
         "color": model_styles(report)[model.name][0],
-        "marker": MARKERS[order % len(MARKERS)],
+        "marker": MARKERS[report.shown.index(model) % len(MARKERS)],
         "markersize": 4.5,
         "linewidth": 2.0,
         "linestyle": (0, (4, 2)) if model.is_reference else "-",

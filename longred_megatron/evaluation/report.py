@@ -26,11 +26,14 @@ RESULTS, PAGE = "results.json", "report.html"
 @dataclass(frozen=True)
 class ModelReport:
     """All measurements of one model. similarity is None for the reference, and where it cannot be computed
-    (`notes` says why); abilities: what is kept of them, empty for the reference."""
+    (`notes` says why); abilities: what is kept of them, empty for the reference; run, step: of the checkpoint that it
+    is, None for a Hugging Face folder."""
 
     name: str
     path: str
     family: str
+    run: str | None
+    step: int | None
     is_reference: bool
     max_position_embeddings: int
     rope: dict[str, Any] | None
@@ -72,6 +75,12 @@ class Report:
     @property
     def reference(self) -> ModelReport:
         return next(model for model in self.models if model.is_reference)
+
+    @property
+    def shown(self) -> list[ModelReport]:
+        """The models that have lines of their own in the figures: of a run the last checkpoint."""
+        last = {model.run: model for model in self.models if model.run is not None}
+        return [model for model in self.models if model.run is None or last[model.run] is model]
 
     def to_json(self) -> str:
         """Every number, with `kind` to know the file by. A number that is not finite becomes null."""

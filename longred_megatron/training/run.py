@@ -15,6 +15,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.checkpoint.of_run import checkpoints
 from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.errors import UserError
@@ -232,7 +233,7 @@ def _not_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> 
     if name == "grad_norm":
         losses = ", ".join(f"{name} {metrics[name]:.4g}" for name in shown)
         what += f" (losses are finite: {losses})"
-    saved = run_folder.checkpoints(folder)
+    saved = checkpoints(folder)
     good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
     return UserError(
         f"step {metrics['step']}: {what}; nothing of this step is saved, {good}. Lower optimizer.lr, use warm-up, set "
@@ -244,7 +245,7 @@ def _not_finite(metrics: dict[str, Any], shown: Sequence[str], folder: Path) -> 
 def _newest_step(folder: Path) -> int:
     """The step of the newest checkpoint that is whole; 0 without one. Damaged ones are set aside."""
     is_main = torch.distributed.get_rank() == 0
-    for step, path in reversed(run_folder.checkpoints(folder)):
+    for step, path in reversed(checkpoints(folder)):
         try:
             distributed.check(path)
         except UserError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from longred_megatron.checkpoint.distributed import DESCRIPTION
+from longred_megatron.checkpoint.of_run import checkpoints
 from longred_megatron.errors import UserError, listed
 from longred_megatron.files import PARTIAL, reason, remove_unfinished
 from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
@@ -109,12 +110,6 @@ def _before_a_move(path: Any, folder: Path, old_folder: Path, old_paths: list[An
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint after `step` lies."""
     return folder / "checkpoints" / f"step-{step:06}"
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the complete checkpoints, oldest first."""
-    found = [(re.fullmatch(r"step-(\d{6,})", p.name), p) for p in (folder / "checkpoints").glob("step-*") if p.is_dir()]
-    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def set_aside(path: Path) -> Path:

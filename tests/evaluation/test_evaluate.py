@@ -14,9 +14,10 @@ from transformers import GenerationConfig, LlamaForCausalLM
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation import page, tasks
 from longred_megatron.evaluation.benchmarks.results import BenchmarkResult, by_ability
-from longred_megatron.evaluation.evaluate import default_names, evaluate, write_prompt_file
+from longred_megatron.evaluation.evaluate import evaluate, write_prompt_file
 from longred_megatron.evaluation.report import KIND, Report, format_table
 from longred_megatron.evaluation.settings import Settings
+from longred_megatron.evaluation.subjects import default_names
 from tests.evaluation.conftest import byte_tokenizer
 from tests.evaluation.tasks.test_base import Letters
 

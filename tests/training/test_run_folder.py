@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 
+from longred_megatron.checkpoint.of_run import checkpoints
 from longred_megatron.errors import UserError
 from longred_megatron.recipe import dump_recipe, load_recipe
 from longred_megatron.training.run_folder import (
     check_run_folder,
     checkpoint_path,
-    checkpoints,
     prune_checkpoints,
 )
 from tests.training.workspace import make_workspace
