@@ -69,6 +69,6 @@ def effective_length_table(names: Sequence[str], of_models: Sequence[Sequence[Ef
 
 def _cell(found: EffectiveLength) -> Cell:
     if found.length is None:
-        return Cell("none", f"asked {percent(found.threshold)}")
+        return Cell("none", f"asked {percent(found.threshold)}" if found.threshold else "")
     more = "≥ " if found.length == found.measured else ""
     return Cell(f"{more}{found.length:,}", f"sure: {found.sure_length:,}" if found.sure_length else "sure: none")

@@ -214,8 +214,12 @@ def _windows(facts: Sequence[ModelFacts], reference: ModelFacts, settings: Setti
 
 
 def _plain(settings: Settings) -> dict[str, object]:
-    values = dataclasses.asdict(settings)
-    return {key: [str(item) for item in value] if isinstance(value, tuple) else value for key, value in values.items()}
+    """Its fields as JSON has them."""
+    values = {
+        key: [str(item) for item in value] if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def _versions(device: torch.device) -> dict[str, str]:

@@ -37,6 +37,12 @@ def test_a_model_that_never_answers_has_none() -> None:
     assert [each.length for each in effective_lengths([scores_of({512: 0.0, 1024: 0.0})])] == [None, None]
 
 
+def test_a_base_of_nothing_asks_for_nothing() -> None:
+    nothing = effective_lengths([scores_of({512: 0.0, 1024: 0.0})])
+    _, cells = (column.cells for column in effective_length_table(["bad"], [nothing]).columns)
+    assert [(cell.value, cell.interval) for cell in cells] == [("none", "asked 86 %"), ("none", "")]
+
+
 def test_the_table() -> None:
     good, bad = (effective_lengths([scores_of(scores)]) for scores in ({512: 0.99, 1024: 0.95}, {512: 0.5, 1024: 0.2}))
     table = effective_length_table(["good", "bad"], [good, bad])

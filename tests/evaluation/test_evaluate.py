@@ -146,6 +146,28 @@ def test_effective_lengths_are_in_table_page_and_results(report: Report) -> None
     }  # fmt: skip
 
 
+def test_questions_are_asked_and_named_in_the_results(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = [{"question": f"Who is {n}?", "answers": [f"Ann {n}"], "context": f"Ann {n} is {n}."} for n in range(3)]
+    questions.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    settings = Settings(
+        (text_file,), (text_file,), num_short_windows=2, num_long_windows=2, lengths=(700,), tasks=("qa_1",),
+        num_depths=1, num_prompt_sets=1, num_samples=2, questions=questions, device="cpu",
+    )  # fmt: skip
+    evaluate([folders["base"]], tmp_path / "out", settings=settings)
+    held = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    assert held["settings"]["questions"] == str(questions) and held["settings"]["benchmark_tasks"] is None
+    [result] = held["models"][0]["retrieval"]
+    assert (result["task"], result["group"], result["num_questions"], result["num_documents"]) == (
+        "qa_1",
+        "ruler",
+        3,
+        3,
+    )
+
+
 def test_benchmarks_are_in_table_page_and_results(report: Report) -> None:
     def result(scores: list[float]) -> BenchmarkResult:
         return BenchmarkResult("piqa", "language", "piqa", "acc,none", None, 4, sum(scores) / 4, tuple(scores))

@@ -21,6 +21,7 @@ def cases() -> Iterator[Case]:
     yield from files()
     yield from parquet()
     yield from sets()
+    yield from questions()
 
 
 def of_input(name: str, content: str | bytes, file: str, code: int | tuple[int, ...], *says: str) -> Iterator[Case]:
@@ -30,6 +31,35 @@ def of_input(name: str, content: str | bytes, file: str, code: int | tuple[int, 
         codes = (0, 2) if command == "evaluate" and code != 2 else code
         needed = says if command == "prepare_data" or code == 2 else ()
         yield Case(f"{command}: {name}", words, writing(file, content), codes, needed)
+
+
+def questions() -> Iterator[Case]:
+    """Damaged files of questions, and tasks and benchmarks that there are not."""
+    good = json.dumps({"question": "who?", "answers": ["me"], "context": "me and you"}) + "\n"
+    damages: dict[str, str | bytes] = {
+        "nothing": "",
+        "one question": good,
+        "no answers": '{"question": "who?", "answers": [], "context": "me"}\n',
+        "answers of text": '{"question": "who?", "answers": "me", "context": "me"}\n',
+        "no documents": '{"question": "who?", "answers": ["me"]}\n',
+        "a list": "[]\n",
+        "no JSON": good + '{"question": "wh\n',
+        "nested": "[" * 100_000 + "\n",
+        "a number of 10,000 digits": '{"question": 1' + "0" * 10_000 + "}\n",
+        "invalid UTF-8": b'{"question": "\xff\xfe"}\n',
+    }
+    ask = (*EVALUATE, "model", "--tasks", "qa_1", "--questions", "q.jsonl")
+    for name, content in damages.items():
+        yield Case(f"questions: {name}", ask, writing("q.jsonl", content), 2, (r"--questions q\.jsonl",))
+    yield Case("questions: no such file", ask, says=(r"--questions q\.jsonl",))
+    yield Case("questions: a folder", (*ask[:-1], "corpus"), says=("--questions corpus",))
+    yield Case("questions: none given", (*EVALUATE, "model", "--tasks", "qa_2"), says=("--questions FILE",))
+    yield Case("a task that is none", (*EVALUATE, "model", "--tasks", "rulr"), says=("did you mean ruler",))
+    benchmarks = (*EVALUATE, "model", "--benchmarks")
+    yield Case("a benchmark that is none", (*benchmarks, "mmul"), says=("did you mean mmlu",), seconds=60)
+    yield Case(
+        "benchmark tasks that are no folder", (*benchmarks, "x", "--benchmark-tasks", "none"), says=("no such folder",)
+    )
 
 
 def lines() -> Iterator[Case]:
