@@ -47,6 +47,7 @@ def questions() -> Iterator[Case]:
         "nested": "[" * 100_000 + "\n",
         "a number of 10,000 digits": '{"question": 1' + "0" * 10_000 + "}\n",
         "invalid UTF-8": b'{"question": "\xff\xfe"}\n',
+        "half a surrogate pair": good * 2 + good.replace("who?", "\\ud800"),
     }
     ask = (*EVALUATE, "model", "--tasks", "qa_1", "--questions", "q.jsonl")
     for name, content in damages.items():

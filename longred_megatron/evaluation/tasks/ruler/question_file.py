@@ -60,4 +60,6 @@ def _question(line: bytes) -> Question:
 def _texts(value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(each, str) and each.strip() for each in value):
         raise ValueError(f"{key} is missing, empty or not text")
+    for each in value:
+        each.encode()  # half a surrogate pair is a ValueError
     return tuple(value)
