@@ -6,7 +6,7 @@ PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
 SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh tests/docker/*.sh tools/*.sh tools/launch/*.sh tools/launch/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts gpu-check chaos hostile docker-check study-longred study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts plan-check gpu-check chaos hostile docker-check study-longred study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -38,6 +38,9 @@ demo: setup ## the main job on the CPU, small and real
 
 layouts: setup ## the table of layouts against one process, up to 8 ranks (5 minutes)
 	$(PYTHON_IN_VENV) -m tests.layouts.table
+
+plan-check: setup ## the planner's memory beside real steps on this CPU, 30 layouts up to 8 ranks (15 minutes)
+	$(PYTHON_IN_VENV) -m tests.planning.measure
 
 gpu-check: setup ## models of the GPU path constructed with the compiled Transformer Engine, where it is installed
 	LONGRED_TE=compiled $(PYTHON_IN_VENV) -m pytest tests/gpu_path -n0

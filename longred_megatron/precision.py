@@ -94,6 +94,11 @@ class Precision(Settings):
             return None
         return self.fp8_recipe or ("delayed" if self.fp8_attention else "tensorwise")
 
+    @property
+    def number_bytes(self) -> int:
+        """Of a parameter or an activation."""
+        return 2 if self.params == "bf16" else 4
+
     def of_teacher(self) -> "Precision":
         """Of the frozen models."""
         return self if self.teacher_fp8 else self.without_fp8()

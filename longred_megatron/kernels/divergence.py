@@ -29,9 +29,11 @@ Direction = Literal["forward", "reverse", "jensen_shannon"]
 NO_PROBABILITY = -1e30
 
 
-def working_bytes(num_tokens: float, local_entries: float) -> float:
-    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: three fp32 tensors."""
-    return 3 * min(CHUNK_BYTES, 4 * num_tokens * local_entries)
+def working_bytes(num_tokens: float, local_entries: float, number_bytes: int) -> float:
+    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: three fp32 tensors, and the student's
+    logits where these have fewer bytes a number."""
+    chunk = min(CHUNK_BYTES, 4 * num_tokens * local_entries)
+    return 3 * chunk + (chunk * number_bytes / 4 if number_bytes < 4 else 0)
 
 
 def linear_distillation(

@@ -21,6 +21,12 @@ BLOCK_ROWS = 256
 NO_PROBABILITY = -1e30
 
 
+def working_bytes(num_sequences: float, num_heads: float, num_rows: float, num_columns: float) -> float:
+    """Of the scores of a block, where a sequence has so many rows and columns of them."""
+    rows = min(BLOCK_ROWS, num_rows)
+    return 3 * min(BLOCK_BYTES, 4 * num_sequences * num_heads * rows * num_columns)
+
+
 def relation_divergence(
     student: Tensor,
     teacher: Tensor,

@@ -113,5 +113,10 @@ class PackedDistillation(Objective):
         return [Term(loss / batch.num_valid_tokens, "each tensor rank")]
 
     def working_bytes(self, site: Site) -> float:
-        kernel = divergence if self.cross_entropy < 1 else cross_entropy
-        return kernel.working_bytes(site.rank_tokens, site.student.vocab_size / site.parallel.tensor)
+        tokens, entries = site.rank_tokens, site.student.vocab_size / site.parallel.tensor
+        if self.cross_entropy == 1:
+            return cross_entropy.working_bytes(tokens, entries)
+        size = site.precision.number_bytes
+        # With cross-entropy, its gradient by the logits waits for the divergence's.
+        labels = cross_entropy.working_bytes(tokens, entries) / 2 * size / 4 if self.cross_entropy else 0.0
+        return divergence.working_bytes(tokens, entries, size) + labels

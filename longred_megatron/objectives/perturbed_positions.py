@@ -72,4 +72,6 @@ class PerturbedPositions(Objective):
         return [Term(loss / batch.num_valid_tokens, "each tensor rank")]
 
     def working_bytes(self, site: Site) -> float:
-        return divergence.working_bytes(site.rank_tokens, site.student.vocab_size / site.parallel.tensor)
+        return divergence.working_bytes(
+            site.rank_tokens, site.student.vocab_size / site.parallel.tensor, site.precision.number_bytes
+        )

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from longred_megatron.kernels.relation_divergence import BLOCK_BYTES, relation_divergence
+from longred_megatron.kernels.relation_divergence import relation_divergence, working_bytes
 from longred_megatron.objectives.base import Activations, Batch, Groups, Layers, Needs, Objective, Site, Tap, Term
 from longred_megatron.objectives.shared import natural_batch, size_problems
 
@@ -62,7 +62,10 @@ class Relations(Objective):
         return torch.stack(parts).sum()
 
     def working_bytes(self, site: Site) -> float:
-        return 3 * BLOCK_BYTES
+        cut = 1 if self.whole_sequences else site.parallel.context
+        heads = site.student.num_attention_heads / site.parallel.tensor
+        sequences = site.rank_tokens * cut / self.sequence_length
+        return working_bytes(sequences, heads, self.sequence_length / cut, self.sequence_length)
 
     def own_flops(self, site: Site) -> float:
         """Four matrix products over the causal half of each head's relations; see the kernel."""

@@ -1,0 +1,336 @@
+"""Bytes of every rank by part, at the moment of a step when they are most."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import NamedTuple
+
+from longred_megatron.families import Architecture
+from longred_megatron.objectives.base import Objective, Site, Tap
+from longred_megatron.planning.operations import Cost, Implementation, Operation, Tokens, Widths, cost
+from longred_megatron.planning.parameters import ChunkModel, buffer_elements, elements, stage_chunks
+from longred_megatron.planning.schedule import stage_passes
+from longred_megatron.recipe import Phase
+from longred_megatron.training.order import microbatch_order, replica_indices
+
+GRADIENT_BYTES = 4  # summed over micro-batches in fp32, whatever the parameters' type
+OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two fp32 moments, and of bf16 parameters an fp32 copy
+
+Bytes = dict[str, float]
+
+
+class Peak(NamedTuple):
+    """The fullest moment of a rank."""
+
+    moment: str
+    parts: Bytes
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of the ranks of one pipeline stage: at the end of each kind of work its fullest moment."""
+
+    stage: int
+    resident: Bytes = field(repr=False)
+    peaks: tuple[Peak, ...]
+
+    @property
+    def peak(self) -> Peak:
+        """The fullest of all."""
+        return max(self.peaks, key=lambda peak: peak.total)
+
+
+class ChunkCost(NamedTuple):
+    """Of one micro-batch in one chunk: what is kept from its forward to its backward pass, and both peaks, with it."""
+
+    kept: float
+    forward: float
+    backward: float
+
+
+class StageMemory:
+    """The memory of one stage's ranks in a phase. world_size: ranks of the whole run."""
+
+    def __init__(self, phase: Phase, world_size: int, stage: int, implementation: Implementation) -> None:
+        self.phase, self.stage, self.how = phase, stage, implementation
+        recipe = phase.recipe
+        self.parallel, self.size = recipe.parallel, recipe.precision.number_bytes
+        p = self.parallel
+        self.replicas = world_size // (p.tensor * p.pipeline * p.context)
+        self.chunks = stage_chunks(phase.source, p, stage)
+        self.cost = cache(self._chunk_cost)
+
+    def resident(self) -> Bytes:
+        """What is there all the time."""
+        recipe, parts, p = self.phase.recipe, self.phase.recipe.training.trainable, self.parallel
+        ranks = self.replicas * p.context
+        buffers = buffer_elements(self.chunks, parts, ranks)
+        frozen = elements(self.chunks) - elements(self.chunks, parts)
+        teachers = 0
+        for hf, teacher in self.phase.teachers.items():
+            needs = self.phase.taught_by(hf).values()
+            depth = max(each.teacher_depth(teacher.num_layers) for each in needs)
+            head = any(each.teacher_head for each in needs)
+            teacher = replace(teacher, vocab_size=self.phase.source.vocab_size)  # cut as the student's head is
+            own = stage_chunks(
+                teacher, p.of_teacher(teacher.num_layers), self.stage, depth=depth, head=head, copy=False
+            )
+            teachers += elements(own)
+        return {
+            "weights": self.size * (buffers + frozen),
+            "gradients": GRADIENT_BYTES * buffers,
+            "optimizer": OPTIMIZER_BYTES[recipe.precision.params] * buffers / ranks,
+            "teacher": self.size * teachers,
+        }
+
+    def memory(self, replica: int = 0) -> RankMemory:
+        """Of a rank of one data-parallel replica."""
+        resident = self.resident()
+        order = microbatch_order({n: o.microbatches for n, o in self.phase.recipe.objectives.items()}, self.phase.needs)
+        own = [order[i] for i in replica_indices(len(order), replica, self.replicas)]
+        peaks = [self._passes_peak(own, resident), self._optimizer_peak(resident)]
+        return RankMemory(self.stage, resident, tuple(peaks))
+
+    # The forward and backward passes.
+
+    def _passes_peak(self, order: Sequence[str], resident: Bytes) -> Peak:
+        """Walks through the stage's schedule."""
+        pipelined = self.parallel.pipeline > 1
+        targets = dict(enumerate(self._targets(name) for name in order)) if pipelined else {}
+        best = Peak("before the student's passes", {"targets": sum(targets.values())})
+        if pipelined:
+            best = self._teacher_peak(order, sum(targets.values()))
+        kept: dict[tuple[int, int], float] = {}
+        schedule = stage_passes(self.stage, self.parallel.pipeline, len(self.chunks), len(order))
+        for chunk, number, backward in schedule:
+            name = order[number]
+            if not pipelined and not backward:
+                targets[number] = self._targets(name)
+                asked = Peak(
+                    f"the teacher's pass of {name}",
+                    {"targets": targets[number], "activations": self._teacher_working(name)},
+                )
+                best = max(best, asked, key=lambda peak: peak.total)
+            own = self.cost(chunk, name)
+            others = sum(kept.values()) - kept.get((chunk, number), 0.0)
+            now = others + (own.backward if backward else own.forward)
+            # A loss's backward pass is the first, and then its targets are free.
+            held = sum(targets.values()) - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
+            peak = Peak(
+                f"{'backward' if backward else 'forward'} pass of {name}, {len(kept) + (not backward)} in flight",
+                {"targets": held, "activations": now},
+            )
+            best = max(best, peak, key=lambda each: each.total)
+            if backward:
+                del kept[chunk, number]
+                if chunk == 0:
+                    targets.pop(number, None)
+            else:
+                kept[chunk, number] = own.kept
+                if chunk == len(self.chunks) - 1 and number in targets:
+                    targets[number] -= self._head_target(name)
+        return Peak(best.moment, resident | best.parts | {"inputs": self._inputs(order), "buffers": self._buffers()})
+
+    def _teacher_peak(self, order: Sequence[str], targets: float) -> Peak:
+        working = max((self._teacher_working(name) for name in order if self.phase.needs[name].teacher), default=0.0)
+        return Peak("the teachers' passes", {"targets": targets, "activations": working})
+
+    def _teacher_working(self, name: str) -> float:
+        """While a frozen layer runs: nothing is kept, each operation has its input and its output."""
+        site, needs = self.phase.sites[name], self.phase.needs[name]
+        if not needs.teacher:
+            return 0.0
+        tokens = self._tokens(self.phase.recipe.objectives[name], site)
+        operations = self.how.layer(_widths(site.teacher, self.parallel.tensor), tokens, self.size)
+        return (
+            _without_graph(operations)
+            + tokens.own * site.teacher.hidden_size * self.size
+            + self._table(tokens, site.teacher)
+        )
+
+    def _targets(self, name: str) -> float:
+        """Bytes of a micro-batch's values of the teacher on this stage."""
+        return sum(self._tap_bytes(tap, self.phase.sites[name].teacher, name) for tap in self._teacher_taps(name))
+
+    def _head_target(self, name: str) -> float:
+        """Of these, what the loss of the head alone needs, and only while it runs."""
+        site, needs = self.phase.sites[name], self.phase.needs[name]
+        tap = Tap(site.teacher.num_layers)
+        alone = needs.teacher_head and tap not in needs.pairs.values() and tap in self._teacher_taps(name)
+        return self._tap_bytes(tap, site.teacher, name) if alone else 0.0
+
+    def _teacher_taps(self, name: str) -> Iterator[Tap]:
+        depth = self.phase.sites[name].teacher.num_layers
+        stages = self.parallel.for_depth(depth).layer_stages(depth)
+        return (tap for tap in self.phase.needs[name].teacher_taps(depth) if stages[tap.layer] == self.stage)
+
+    def _tap_bytes(self, tap: Tap, model: Architecture, name: str) -> float:
+        tokens = self._tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
+        if tap.what in ("hidden", "attention_output"):
+            return tokens.own * model.hidden_size * self.size
+        heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
+        return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
+
+    def _tokens(self, objective: Objective, site: Site) -> Tokens:
+        p = self.parallel
+        all_tokens = site.rank_tokens
+        own = all_tokens / (p.tensor if p.sequence else 1)
+        if p.context == 1 or objective.whole_sequences:
+            return Tokens(all_tokens, own, all_tokens)
+        # Two pieces of each sequence a rank, of which one sees the beginning and one nearly all: (2 c + 1) / 2 c of it.
+        share = objective.sequence_length / (2 * p.context)
+        sequences = site.tokens_per_microbatch / objective.sequence_length
+        keys = sequences * share * (2 * p.context + 1)
+        return Tokens(all_tokens, own, keys, 4 * share * share * (2 * p.context + 1))
+
+    @property
+    def _states_kept(self) -> bool:
+        """Whether the norms keep the hidden states themselves, not copies."""
+        return self.size == 4 or self.how.keeps_input
+
+    def _table(self, tokens: Tokens, model: Architecture) -> float:
+        return 4 * tokens.all * model.head_dim
+
+    def _chunk_cost(self, number: int, name: str) -> ChunkCost:
+        """Of a micro-batch of the objective `name` in chunk `number` of the stage."""
+        pieces = list(self._pieces(self.chunks[number], name))
+        kept = forward = backward = 0.0
+        for each in pieces:
+            forward = max(forward, kept + each.forward)
+            backward = max(backward, kept + each.backward)
+            kept += each.kept
+        return ChunkCost(kept, forward, backward)
+
+    def _pieces(self, chunk: ChunkModel, name: str) -> Iterator[Cost]:
+        recipe, site, needs = self.phase.recipe, self.phase.sites[name], self.phase.needs[name]
+        tokens = self._tokens(recipe.objectives[name], site)
+        model, size = self.phase.source, self.size
+        state = tokens.own * model.hidden_size * size
+        operations = self.how.layer(_widths(model, self.parallel.tensor), tokens, size)
+        recompute = recipe.training.recompute
+        table = self._table(tokens, model)
+        kept_table = table if recompute == "full" or self.how.tables_kept else 0.0
+        # The input, from the stage before or of the embedding; where the first norm keeps a copy, beside it.
+        copied = recompute != "full" and not self._states_kept
+        received = state if not chunk.first and copied else 0.0
+        yield Cost(kept_table + received, table + state, 0.0)
+        layer = _recomputed(operations, state, recompute, self._states_kept)
+        taps = [tap for tap in needs.pairs if tap.layer in chunk.layers]
+        for number in chunk.layers:
+            # The loss's backward pass comes first: gradients of its values wait for their layers'.
+            waiting = sum(self._tap_bytes(tap, model, name) for tap in taps if tap.layer < number)
+            yield layer._replace(backward=layer.backward + waiting)
+        if chunk.last:
+            yield cost([self.how.norm(model.hidden_size, tokens.own, size)])
+        if taps:
+            yield self._tapped(taps, chunk, operations, name)
+        if chunk.last and needs.student_head:
+            yield self._head_loss(chunk, tokens, name)
+
+    def _tapped(self, taps: Sequence[Tap], chunk: ChunkModel, operations: Sequence[Operation], name: str) -> Cost:
+        """What losses of values inside a chunk keep: the values, where nothing else does, and what they are made of."""
+        model, recompute = self.phase.source, self.phase.recipe.training.recompute
+        attention = sum(op.kept for op in operations if op.part == "attention")
+        norm = next(op.kept for op in operations if op.part == "norm")
+        kept = made = 0.0
+        for tap in taps:
+            held = tap.what == "hidden" and (recompute == "full" or self._states_kept) and tap.layer != chunk.layers[-1]
+            final = tap == Tap(model.num_layers)  # kept by the final norm
+            kept += 0.0 if held or final else self._tap_bytes(tap, model, name)
+        for layer in {tap.layer for tap in taps if tap.what != "hidden"}:  # made a second time, from the layer's input
+            whole = Tap(layer, "attention_output") in taps
+            kept += norm + (attention if whole else 0.0)
+            made += 0.0 if whole else attention
+        working = self.phase.recipe.objectives[name].working_bytes(self.phase.sites[name]) if made else 0.0
+        state = max(self._tap_bytes(tap, model, name) for tap in taps)
+        return Cost(kept, kept + made + working + 2 * state, kept + 3 * state)
+
+    def _head_loss(self, chunk: ChunkModel, tokens: Tokens, name: str) -> Cost:
+        """Both gradients are made in the forward pass, the weight's in fp32; see kernels/linear_loss.py."""
+        recipe, site, model = self.phase.recipe, self.phase.sites[name], self.phase.source
+        rows = -(-model.vocab_size // self.parallel.tensor)
+        trainable = recipe.training.trainable
+        trained = trainable is None or ("embedding" if model.tied_embeddings else "head") in trainable
+        hidden = tokens.all * model.hidden_size * self.size
+        weight = rows * model.hidden_size * 4.0 if trained else 0.0
+        kept = hidden + weight
+        gathered = hidden if tokens.own < tokens.all else 0.0
+        handed = weight / 4 * self.size
+        return Cost(kept, kept + gathered + recipe.objectives[name].working_bytes(site), kept + handed)
+
+    def _inputs(self, order: Sequence[str]) -> float:
+        """The step's micro-batches: tokens, labels and one or two rows of positions, int64."""
+        if not self.how.inputs_moved:
+            return 0.0
+        return sum(
+            8 * (4 if self.phase.needs[name].teacher else 3) * self.phase.sites[name].rank_tokens for name in order
+        )
+
+    def _buffers(self) -> float:
+        """Megatron's buffer for the tokens of all tensor ranks, one for all layers; and what has come from the stages
+        before and after, a state and a gradient."""
+        p, model = self.parallel, self.phase.source
+        tokens = self.phase.recipe.step.tokens_per_microbatch / p.context
+        state = tokens * self.size / (p.tensor if p.sequence else 1)
+        neighbours = (self.stage > 0 or bool(p.virtual_pipeline)) + (
+            self.stage < p.pipeline - 1 or bool(p.virtual_pipeline)
+        )
+        messages = neighbours * state * model.hidden_size if p.pipeline > 1 else 0.0
+        widest = max([model.hidden_size, *(t.hidden_size for t in self.phase.teachers.values())])
+        return messages + (tokens * widest * self.size if p.sequence else 0.0)
+
+    def _optimizer_peak(self, resident: Bytes) -> Peak:
+        ranks = self.replicas * self.parallel.context
+        largest = max((p.elements for chunk in self.chunks for p in chunk.parameters), default=0)
+        share = min(largest, buffer_elements(self.chunks, None, ranks) / ranks)
+        return Peak(
+            "the optimizer's step",
+            resident | {"optimizer temporaries": 4 * self.how.optimizer_copies * share, "buffers": self._buffers()},
+        )
+
+
+def _recomputed(operations: Sequence[Operation], state: float, recompute: str, state_kept: bool) -> Cost:
+    """One layer. state: bytes of its input, which the first norm keeps itself (state_kept) or as a copy."""
+    whole = cost(operations, held=state)
+    if recompute == "full":
+        return Cost(state, state + _without_graph(operations), whole.backward + (0.0 if state_kept else state))
+    if recompute == "selective":
+        kept = sum(op.kept for op in operations if op.part != "mlp")
+        mlp = [op for op in operations if op.part == "mlp"]
+        return Cost(
+            kept,
+            kept + _without_graph(mlp),
+            max(kept + cost(mlp, held=state).backward, whole.backward - sum(op.kept for op in mlp)),
+        )
+    return whole
+
+
+def _without_graph(operations: Sequence[Operation]) -> float:
+    """The most while they run and nothing is kept: an operation's input, its own, its output."""
+    most, below = 0.0, 0.0
+    for each in operations:
+        most = max(most, below + max(each.kept, each.output) + each.forward)
+        below = each.output
+    return most
+
+
+def _widths(model: Architecture, tensor: int) -> Widths:
+    return Widths(
+        hidden=model.hidden_size,
+        query=model.num_attention_heads * model.head_dim / tensor,
+        kv=model.num_kv_heads * model.head_dim / tensor,
+        ffn=model.intermediate_size / tensor,
+        heads=model.num_attention_heads / tensor,
+        head_dim=model.head_dim,
+        qk_norm=model.qk_norm,
+    )
+
+
+def memory_by_stage(phase: Phase, world_size: int, implementation: Implementation) -> Mapping[int, RankMemory]:
+    """Of every pipeline stage; the ranks of a stage differ in nothing that is known beforehand."""
+    stages = range(phase.recipe.parallel.pipeline)
+    return {stage: StageMemory(phase, world_size, stage, implementation).memory() for stage in stages}

@@ -1,0 +1,200 @@
+"""What a layer's operations hold: for the backward pass, and while they run.
+
+One list of operations per implementation of a layer; kept bytes and both peaks follow from it (`Cost`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Operation(NamedTuple):
+    """Bytes on one rank.
+
+    kept: made in the forward pass and held until the backward pass is through. output: the gradient of its output has
+    as many. forward, backward: held beside these while it runs. part: of the layer, as in `families.weights.Part`.
+    """
+
+    part: str
+    kept: float
+    output: float
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+class Cost(NamedTuple):
+    """Of operations that run one after another. Bytes.
+
+    kept: at the end of the forward pass. forward: the most while it runs. backward: the most while the backward pass
+    runs, with what is kept.
+    """
+
+    kept: float
+    forward: float
+    backward: float
+
+
+def cost(operations: Sequence[Operation], held: float = 0.0) -> Cost:
+    """held: bytes of a gradient that waits for the end of the backward pass, as a skip connection's does."""
+    kept, forward, backward, below = 0.0, 0.0, 0.0, 0.0
+    for each in operations:
+        kept += each.kept
+        forward = max(forward, kept + each.output + each.forward)
+        backward = max(backward, kept + held + each.output + below + each.backward)
+        below = each.output
+    return Cost(kept, forward, backward)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Of one micro-batch on one rank.
+
+    all: of the context rank. own: whose hidden states it holds (under sequence parallelism, its tensor rank's part).
+    keys: that its queries' sequences have, of all of them. mask_bytes: of attention masks that are tensors.
+    """
+
+    all: float
+    own: float
+    keys: float
+    mask_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of one tensor rank's part of a layer, in elements of a token. hidden: of all ranks."""
+
+    hidden: int
+    query: float
+    kv: float
+    ffn: float
+    heads: float
+    head_dim: int
+    qk_norm: bool
+
+
+LayerOperations = Callable[[Widths, Tokens, int], list[Operation]]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Whose operations run: torch's on a CPU, or Transformer Engine's on a GPU.
+
+    layer: one layer's operations. tables_kept: whether backward passes need the rotary table itself. inputs_moved:
+    whether a step's micro-batches are copied to the device, int64. optimizer_copies: fp32 tensors of the size of the
+    largest parameter's share, while the optimizer's step runs. keeps_input: whether a norm keeps a 16-bit input itself,
+    not a copy of it.
+    """
+
+    layer: LayerOperations
+    norm: Callable[[float, float, int], Operation]
+    tables_kept: bool
+    inputs_moved: bool
+    optimizer_copies: int
+    keeps_input: bool
+
+
+def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
+    """A layer of Megatron's local specification with torch's RMSNorm and scaled_dot_product_attention, on a CPU.
+
+    size: bytes of a number. Norms and attention compute in fp32, of copies where the numbers are 16-bit. What is kept
+    is what torch's operations save for their backward passes.
+    """
+    copies = size < 4
+    qkv = w.query + 2 * w.kv
+
+    def weight_gradient(rows: float, columns: float) -> float:
+        return size * rows * columns  # a micro-batch's, before it is added to the sum of all
+
+    norm = plain_norm(w.hidden, t.own, size)
+    # Of 32-bit numbers the keys' input is kept with keys and values. The output is not: RoPE needs only its table.
+    head_kept = 8 * (w.query + w.kv) if copies else 8 * w.query + 4 * w.kv
+    head_norm = Operation("attention", t.all * head_kept, t.all * size * qkv)
+    if t.keys > t.all or t.mask_bytes:  # cut over context ranks: keys and values are those of all spans, copied
+        keys = 2 * t.keys * w.kv * (4 if copies else size) + t.mask_bytes
+        attention_kept = t.all * (4 * w.query) + keys
+    elif copies:
+        attention_kept = t.all * 4 * qkv
+    else:
+        attention_kept = t.all * size * (qkv + w.query + w.kv)
+    attention_kept += t.all * (4 * w.query + 4 * w.heads + 4 * w.head_dim * size)
+    return [
+        norm,
+        Operation("attention", 0, t.all * size * qkv, backward=weight_gradient(qkv, w.hidden)),
+        *([head_norm] if w.qk_norm else []),
+        Operation(
+            "attention",
+            attention_kept,
+            t.all * size * w.query,
+            backward=t.all * 4 * (qkv + w.query) + (t.all * 4 * w.query if copies else 0),
+        ),
+        Operation(
+            "attention",
+            t.all * size * w.query,
+            t.all * size * w.hidden,
+            backward=weight_gradient(w.hidden, w.query),
+        ),
+        norm,
+        Operation(
+            "mlp", t.all * size * 2 * w.ffn, t.all * size * 2 * w.ffn, backward=weight_gradient(2 * w.ffn, w.hidden)
+        ),
+        Operation("mlp", t.all * size * 2 * w.ffn, t.all * size * w.ffn),
+        Operation("mlp", t.all * size * w.ffn, t.all * size * w.hidden, backward=weight_gradient(w.hidden, w.ffn)),
+    ]
+
+
+def plain_norm(width: float, tokens: float, size: int) -> Operation:
+    """Keeps its input or an fp32 copy of it, the fp32 normalised input, and its output."""
+    kept = tokens * (2 * 4 * width + 4 + size * width)
+    return Operation("norm", kept, tokens * size * width, forward=tokens * 4 * width, backward=tokens * 3 * 4 * width)
+
+
+def fused_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
+    """A layer of Megatron's Transformer Engine specification, on a GPU.
+
+    A norm is a part of the product after it, which keeps the norm's input, its output, and an fp32 number a token.
+    Attention keeps queries, keys, values, its output, and an fp32 number for each head; it sees no mask. The gate's
+    fused activation keeps what it takes. Products add weight gradients to the sum of all micro-batches themselves
+    (apex). Read in Transformer Engine 2.20's modules; checked against no GPU.
+    """
+    qkv = w.query + 2 * w.kv
+    gathered = size * t.all * w.hidden if t.own < t.all else 0.0  # tokens of all tensor ranks
+    # The ring of context ranks: the next keys and values, and each step's part of the output.
+    ring = size * t.all * (4 * w.kv + 2 * w.query) if t.keys > t.all else 0.0
+    norm = fused_norm(w.hidden, t.own, size)
+    heads = [] if not w.qk_norm else [fused_norm(w.query + w.kv, t.all, size)._replace(part="attention")]
+    attention = t.all * (size * (qkv + w.query) + 4 * w.heads)
+    return [
+        norm,
+        Operation("attention", 0, t.all * size * qkv, gathered, 2 * gathered),
+        *heads,
+        Operation("attention", attention, t.all * size * w.query, ring, t.all * size * qkv + 2 * ring),
+        Operation("attention", 0, t.own * size * w.hidden, gathered, gathered),
+        norm,
+        Operation("mlp", t.all * size * 2 * w.ffn, t.all * size * 2 * w.ffn, gathered, 2 * gathered),
+        Operation("mlp", 0, t.all * size * w.ffn),
+        Operation("mlp", t.all * size * w.ffn, t.own * size * w.hidden, gathered, gathered),
+    ]
+
+
+def fused_norm(width: float, tokens: float, size: int) -> Operation:
+    """Keeps its input, its output, and an fp32 number a token."""
+    return Operation("norm", tokens * (2 * size * width + 4), tokens * size * width, backward=tokens * size * width)
+
+
+PLAIN = Implementation(
+    layer=plain_layer,
+    norm=plain_norm,
+    tables_kept=False,
+    inputs_moved=False,
+    optimizer_copies=2,
+    keeps_input=False,
+)
+
+FUSED = Implementation(
+    layer=fused_layer,
+    norm=fused_norm,
+    tables_kept=True,
+    inputs_moved=True,
+    optimizer_copies=0,
+    keeps_input=True,
+)

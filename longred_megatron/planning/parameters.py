@@ -1,0 +1,90 @@
+"""Parameters of every model chunk on a rank, as Megatron's buffers hold them."""
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from longred_megatron.families import Architecture
+from longred_megatron.families.weights import Part, Rule
+from longred_megatron.layout import Parallel
+
+START_MULTIPLE, END_MULTIPLE = 64, 128  # elements; megatron/core/optimizer/param_layout.py
+
+
+class Parameter(NamedTuple):
+    """Of one rank: the part of the model it belongs to, and its elements there."""
+
+    part: Part
+    elements: int
+
+
+class ChunkModel(NamedTuple):
+    """What a model has on one chunk of a stage."""
+
+    layers: range  # numbered from 1
+    parameters: tuple[Parameter, ...]
+    first: bool  # the model's first chunk, with the embedding
+    last: bool  # the model's last, with final norm and head
+
+
+def stage_chunks(
+    model: Architecture,
+    parallel: Parallel,
+    stage: int,
+    *,
+    depth: int | None = None,
+    head: bool = True,
+    copy: bool = True,
+) -> list[ChunkModel]:
+    """The chunks of one pipeline stage, in order.
+
+    Args:
+        depth: layers that there are, from the first on; None: all of the model's.
+        head: whether the model's head is there. copy: whether a tied head is the embedding, or a copy of it where that
+            lies on another chunk; a frozen teacher's is always a tensor of its own.
+    """
+    chunks = parallel.for_depth(model.num_layers).chunk_layers(model.num_layers)
+    depth = model.num_layers if depth is None else depth
+    found = []
+    for number in range(stage, len(chunks), parallel.pipeline):
+        layers = range(chunks[number].start, max(chunks[number].start, min(chunks[number].stop, depth + 1)))
+        first, last = number == 0, number == len(chunks) - 1
+        rules = [rule for layer in layers for rule in model.layer_rules(layer - 1)]
+        embedding, norm, output = model.outer_rules()
+        rules += [embedding] if first else []
+        rules += [norm] if last else []
+        tied_here = first and model.tied_embeddings and copy
+        rules += [output] if last and head and not tied_here else []
+        parameters = tuple(Parameter(rule.part, _elements(rule, parallel.tensor)) for rule in rules)
+        found.append(ChunkModel(layers, parameters, first, last))
+    return found
+
+
+def _elements(rule: Rule, tensor: int) -> int:
+    """Of one tensor rank, with the vocabulary filled up to a multiple of the ranks."""
+    shapes: Iterator[list[int]] = map(list, rule.huggingface.values())
+    total = 0
+    for shape in shapes:
+        if rule.layout.split_dim is not None:
+            shape[rule.layout.split_dim] = -(-shape[rule.layout.split_dim] // tensor)
+        total += math.prod(shape)
+    return total
+
+
+def elements(chunks: Sequence[ChunkModel], parts: Collection[Part] | None = None) -> int:
+    """Of all parameters of these parts; None: of all parts."""
+    return sum(p.elements for chunk in chunks for p in chunk.parameters if parts is None or p.part in parts)
+
+
+def buffer_elements(chunks: Sequence[ChunkModel], parts: Collection[Part] | None, num_ranks: int) -> int:
+    """Of the buffers that Megatron's data-parallel wrapper makes of trained parameters: a parameter begins at a
+    multiple of 64 elements, and a chunk's buffer divides over `num_ranks` data-parallel ranks."""
+    total = 0
+    for chunk in chunks:
+        own = 0
+        for parameter in chunk.parameters:
+            if parts is None or parameter.part in parts:
+                own = -(-own // START_MULTIPLE) * START_MULTIPLE + parameter.elements
+        multiple = math.lcm(num_ranks, END_MULTIPLE)
+        total += -(-own // multiple) * multiple
+    return total

@@ -1,0 +1,159 @@
+"""Seconds of a step by part, and the messages it sends, from FLOPs, bytes and a GPU's description."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+from typing import NamedTuple
+
+from longred_megatron.families import Architecture
+from longred_megatron.families.weights import Part
+from longred_megatron.kernels.linear_loss import CHUNK_BYTES
+from longred_megatron.planning.gpus import Gpu
+from longred_megatron.planning.memory import StageMemory
+from longred_megatron.recipe import Phase
+
+Seconds = Mapping[str, float]
+# Of the forward pass: flash attention's backward recomputes the scores (five products against two).
+ATTENTION_BACKWARD = 2.5
+# Passes over each fp32 tensor of a loss's chunk; ours, by counting the operations of kernels/.
+LOSS_PASSES = 4
+# Adam: reads gradient, fp32 weight and two moments, writes the last three and the new weight.
+OPTIMIZER_BYTES = 4 + 3 * 4 + 3 * 4
+MLP: tuple[Part, ...] = ("mlp",)
+MATRICES: tuple[Part, ...] = ("mlp", "attention")
+
+
+class PassTime(NamedTuple):
+    """Of one micro-batch in one chunk, by part."""
+
+    forward: Seconds
+    backward: Seconds
+
+
+class StageTime:
+    """The times of one stage's ranks. world_size: ranks of the whole run."""
+
+    def __init__(self, phase: Phase, world_size: int, memory: StageMemory, gpu: Gpu) -> None:
+        self.phase, self.gpu, self.memory, self.world_size = phase, gpu, memory, world_size
+        self.chunk_time = cache(self._chunk_time)
+
+    # Links. Megatron numbers ranks by tensor, context, data, pipeline axis, the first fastest.
+
+    def link(self, axis: str) -> float:
+        """Bytes a second that a rank sends to the others of its group."""
+        p, gpu = self.phase.recipe.parallel, self.gpu
+        extents = {"tensor": p.tensor, "context": p.tensor * p.context, "data": self.world_size // p.pipeline}
+        if extents.get(axis, self.world_size) <= gpu.gpus_per_node:
+            return gpu.link_bandwidth * gpu.link_efficiency
+        return gpu.network_bandwidth * gpu.network_efficiency
+
+    def _matrix(self, flops: float, layers: bool = True) -> float:
+        gpu, precision = self.gpu, self.phase.recipe.precision
+        fp8 = layers and precision.fp8 is not None and gpu.fp8_flops
+        return flops / ((gpu.fp8_flops if fp8 else gpu.bf16_flops) or 1) / gpu.matrix_efficiency
+
+    def _touched(self, num_bytes: float) -> float:
+        return num_bytes / (self.gpu.memory_bandwidth * self.gpu.memory_efficiency)
+
+    def layer_seconds(self, model: Architecture, name: str, layers: bool = True) -> dict[str, float]:
+        """The forward pass of one layer."""
+        recipe, site = self.phase.recipe, self.phase.sites[name]
+        p, size, tokens = recipe.parallel, recipe.precision.number_bytes, site.rank_tokens
+        length = recipe.objectives[name].sequence_length
+        products = model.forward_flops_per_token(1, 0, False) * tokens / p.tensor
+        attention = model.forward_flops_per_token(1, length, False) * tokens / p.tensor - products
+        own = tokens / (p.tensor if p.sequence else 1)
+        # Two norms read and write, two residuals read two and write one; the gate three, RoPE two.
+        touched = own * model.hidden_size * size * 10
+        touched += tokens * size / p.tensor * (3 * model.intermediate_size)
+        touched += tokens * size / p.tensor * 2 * (model.num_attention_heads + model.num_kv_heads) * model.head_dim
+        attention_seconds = attention / self.gpu.bf16_flops / self.gpu.attention_efficiency
+        ring = self.ring_bytes(model, name) / self.link("context")
+        return {
+            "matrix products": self._matrix(products, layers),
+            "attention": attention_seconds,
+            "elementwise": self._touched(touched),
+            "tensor-parallel messages": 4 * self.tensor_bytes(model, name) / self.link("tensor"),
+            "context-parallel messages": max(0.0, ring - attention_seconds),
+        }
+
+    def tensor_bytes(self, model: Architecture, name: str) -> float:
+        """One all-gather or reduce-scatter of a micro-batch's hidden states over the tensor ranks, sent by a rank."""
+        p, size = self.phase.recipe.parallel, self.phase.recipe.precision.number_bytes
+        return self.phase.sites[name].rank_tokens * model.hidden_size * size * (p.tensor - 1) / p.tensor
+
+    def ring_bytes(self, model: Architecture, name: str) -> float:
+        """Keys and values of one layer's forward pass, sent by a rank around the context ranks."""
+        p, objective = self.phase.recipe.parallel, self.phase.recipe.objectives[name]
+        if objective.whole_sequences:
+            return 0.0
+        kv = 2 * model.num_kv_heads * model.head_dim * self.phase.recipe.precision.number_bytes / p.tensor
+        return (p.context - 1) * self.phase.sites[name].rank_tokens * kv
+
+    def teacher_seconds(self, name: str) -> dict[str, float]:
+        """The forward pass of a micro-batch's teacher on this stage."""
+        needs, site = self.phase.needs[name], self.phase.sites[name]
+        if not needs.teacher:
+            return {}
+        depth, model = needs.teacher_depth(site.teacher.num_layers), site.teacher
+        parallel = self.phase.recipe.parallel
+        chunks = parallel.for_depth(model.num_layers).chunk_layers(model.num_layers)
+        own = [n for chunk in chunks[self.memory.stage :: parallel.pipeline] for n in chunk]
+        fp8 = self.phase.recipe.precision.of_teacher().fp8 is not None
+        return {"teacher": sum(n <= depth for n in own) * sum(self.layer_seconds(model, name, fp8).values())}
+
+    def _chunk_time(self, number: int, name: str) -> PassTime:
+        recipe, site, chunk = self.phase.recipe, self.phase.sites[name], self.memory.chunks[number]
+        model, recompute = self.phase.source, recipe.training.recompute
+        layer = self.layer_seconds(model, name)
+        forward = defaultdict(float, {part: len(chunk.layers) * seconds for part, seconds in layer.items()})
+        backward = {part: 2 * seconds for part, seconds in forward.items()}
+        backward["attention"] = ATTENTION_BACKWARD * forward["attention"]
+        if recipe.parallel.sequence:  # inputs are gathered once more for the gradients of weights
+            backward["tensor-parallel messages"] = 1.5 * forward["tensor-parallel messages"]
+        else:
+            backward["tensor-parallel messages"] = forward["tensor-parallel messages"]
+        if recompute == "full":
+            backward["recomputation"] = sum(forward.values())
+        elif recompute == "selective":
+            mlp = model.layer_parameters(MLP) / model.layer_parameters(MATRICES)
+            backward["recomputation"] = forward["matrix products"] * mlp
+        if chunk.last and self.phase.needs[name].student_head:
+            heads = 3 + self.phase.needs[name].teacher_head  # two gradients are made with the logits
+            flops = 2 * model.hidden_size * model.vocab_size * site.rank_tokens / recipe.parallel.tensor
+            forward["losses"] += self._matrix(heads * flops, layers=False)
+            scores = 4 * site.rank_tokens * model.vocab_size / recipe.parallel.tensor
+            chunks = scores / min(CHUNK_BYTES, scores)
+            forward["losses"] += self._touched(LOSS_PASSES * chunks * recipe.objectives[name].working_bytes(site))
+        if any(tap.layer in chunk.layers for tap in self.phase.needs[name].pairs):
+            flops = recipe.objectives[name].own_flops(site) / recipe.parallel.tensor / recipe.parallel.context
+            forward["losses"] += flops / self.gpu.bf16_flops / self.gpu.attention_efficiency
+        if recipe.parallel.pipeline == 1:
+            forward.update(self.teacher_seconds(name))
+        return PassTime(dict(forward), backward)
+
+    def message_bytes(self) -> float:
+        """Hidden states from one stage to the next."""
+        recipe = self.phase.recipe
+        p, tokens = recipe.parallel, recipe.step.tokens_per_microbatch / recipe.parallel.context
+        own = tokens / (p.tensor if p.sequence else 1)
+        return own * self.phase.source.hidden_size * recipe.precision.number_bytes
+
+    def data_bytes(self) -> dict[str, float]:
+        """Gradients' reduce-scatter and weights' all-gather over data- and context-parallel ranks, sent by a rank."""
+        resident, ranks = self.memory.resident(), self.memory.replicas * self.phase.recipe.parallel.context
+        share = (ranks - 1) / ranks
+        elements = resident["gradients"] / 4
+        return {
+            "gradients": resident["gradients"] * share,
+            "weights": elements * self.phase.recipe.precision.number_bytes * share,
+        }
+
+    def end_seconds(self) -> dict[str, float]:
+        """After the passes: gradients are reduced, weights updated and gathered."""
+        data, ranks = self.data_bytes(), self.memory.replicas * self.phase.recipe.parallel.context
+        elements = self.memory.resident()["gradients"] / 4 / ranks
+        return {
+            "data-parallel messages": sum(data.values()) / self.link("data"),
+            "optimizer": self._touched(elements * OPTIMIZER_BYTES),
+        }

@@ -1,0 +1,46 @@
+"""Planned bytes against live tensors of real steps on this CPU. All layouts: `make plan-check`."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.planning.measure import CASES, Compared, compare, measure, workspaces
+
+# One of each axis, recomputation, number format and kind of recipe.
+CHOSEN = (
+    "restoration world=1 training.recompute=full precision.params=bf16",
+    "kinds world=1 training.recompute=none precision.params=fp32",
+    "packed world=1 training.recompute=full precision.params=bf16",
+    "restoration world=2 parallel.tensor=2 parallel.sequence=true training.recompute=none precision.params=fp32",
+    "restoration world=2 parallel.pipeline=2 parallel.virtual_pipeline=2 training.recompute=none precision.params=fp32",
+    "restoration world=2 parallel.context=2 training.recompute=full precision.params=fp32",
+)
+RESIDENT = ("weights", "gradients", "optimizer", "teacher")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Compared]:
+    folder = tmp_path_factory.mktemp("planning")
+    cases, recipes = [case for case in CASES if case.name in CHOSEN], workspaces(folder)
+    assert len(cases) == len(CHOSEN)
+    return list(compare(cases, recipes, measure(cases, recipes, folder / "out")))
+
+
+def test_the_total_is_within_three_percent(compared: list[Compared]) -> None:
+    assert {each.case: each.error for each in compared if abs(each.error) > 0.03} == {}
+
+
+def test_every_part_is_within_five_percent(compared: list[Compared]) -> None:
+    for each in compared:
+        errors = each.errors()
+        assert all(abs(error) < 0.05 for error in errors.values()), (each.case, errors)
+        assert all(abs(errors.get(part, 0.0)) < 0.005 for part in RESIDENT), (each.case, errors)
+
+
+def test_more_stages_than_one_were_looked_at(compared: list[Compared]) -> None:
+    assert {each.stage for each in compared} == {0, 1}
+
+
+def test_cases_are_enough() -> None:
+    assert len(CASES) >= 24 and len({case.name for case in CASES}) == len(CASES)
+    assert {Path(case.recipe).name for case in CASES} == {"restoration", "packed", "kinds", "tied"}

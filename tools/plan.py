@@ -1,0 +1,47 @@
+#!/usr/bin/env python
+"""Whether a recipe's run fits into the GPUs' memory, how long it takes, and what limits it; before it queues.
+
+Reads the recipe and the models' config.json, nothing else, and needs no GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from longred_megatron.device import force_cpu
+from longred_megatron.errors import UserError, run_cli
+
+EXAMPLES = """examples:
+  # the recipe's own layout on eight H100
+  python tools/plan.py recipes/llama3_8b_32k_longred_c.yaml --gpu h100-80gb --gpus 8
+
+  # another layout, with plan.json
+  python tools/plan.py recipes/llama3_8b_32k_longred_c.yaml parallel.tensor=4 parallel.context=1 \\
+      --gpu h100-80gb --gpus 16 --output plan
+
+--gpu also takes FILE.yaml:NAME, a description of your own as in longred_megatron/planning/gpus.yaml. docs/planning.md
+says how far the numbers can be trusted."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Raises UserError: a wrong recipe, GPU, number of GPUs, or model folder."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes of the recipe, as in training")
+    parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80gb, a100-80gb, ..., or FILE.yaml:NAME")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the run")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty folder for plan.json")
+    options = parser.parse_intermixed_args(sys.argv[1:] if arguments is None else arguments)
+    if options.gpus < 1:
+        raise UserError(f"--gpus {options.gpus}: must be at least 1")
+    force_cpu()
+    from longred_megatron.planning.command import plan_run  # takes seconds
+
+    print(plan_run(options.recipe, options.overrides, options.gpu, options.gpus, options.output))
+
+
+if __name__ == "__main__":
+    run_cli(main)
