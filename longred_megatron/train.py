@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from longred_megatron.device import force_cpu
-from longred_megatron.errors import UserError, report_beside, run_cli
+from longred_megatron.errors import UserError, first_few, report_beside, run_cli
 from longred_megatron.parallel.world import world
 
 if TYPE_CHECKING:  # here and below: torch and Megatron take seconds to import, and --help needs neither
@@ -138,6 +138,7 @@ def _announce(
         UserError: as `choose_layers` and `_choose_attention`.
     """
     from longred_megatron.analysis.auto_layers import choose_layers
+    from longred_megatron.data.sequences import without_start_token
     from longred_megatron.recipe import phases_summary, read_phases
 
     recipe = choose_layers(recipe, phases[-1])
@@ -147,6 +148,12 @@ def _announce(
     padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
     for prefix, share in padding.items():
         print(f"packed {prefix}: {share:.2%} of its windows is padding")
+    prefixes = dict.fromkeys(prefix for own in data for prefix in own.prefixes())
+    if other := [prefix for prefix in prefixes if without_start_token(prefix)]:
+        print(
+            f"no start token: the documents of {first_few(other)} have none, and the tokenizer opens every text with "
+            "one, in evaluation too; to train as the model is used, prepare them with --bos"
+        )
     sys.stdout.flush()
     return recipe, phases
 

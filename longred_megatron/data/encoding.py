@@ -25,17 +25,20 @@ CHUNK_CHARACTERS = 1 << 20
 CHUNKS_IN_FLIGHT_PER_WORKER = 4
 
 type Tokens = NDArray[np.int32]
-"""A document's token ids and its end of document, [tokens + 1]."""
+"""A document's token ids and its end of document, [tokens + 1]; with a start token before them, [tokens + 2]."""
 
 
 def encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, tokenizer_path: Path, workers: int
+    documents: Iterable[Document], tokenizer: Tokenizer, tokenizer_path: Path, workers: int, start: tuple[int, ...] = ()
 ) -> Generator[tuple[list[Tokens], int], None, None]:
-    """For each chunk of documents, in order: their tokens, and the bytes of input that they stand for."""
+    """For each chunk of documents, in order: their tokens, and the bytes of input that they stand for.
+
+    start: what each document begins with.
+    """
     chunks = _chunks(documents)
     if workers > 1:
-        return _encoded_by_workers(chunks, tokenizer_path, workers)
-    return ((_encode(tokenizer, _texts(chunk)), _num_bytes(chunk)) for chunk in chunks)
+        return _encoded_by_workers(chunks, tokenizer_path, workers, start)
+    return ((_encode(tokenizer, _texts(chunk), start), _num_bytes(chunk)) for chunk in chunks)
 
 
 def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -59,14 +62,14 @@ def _num_bytes(chunk: list[Document]) -> int:
     return sum(document.num_bytes for document in chunk)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Tokens]:
-    return [np.array([*tokenizer.encode(text), tokenizer.end_of_document], dtype=np.int32) for text in texts]
+def _encode(tokenizer: Tokenizer, texts: list[str], start: tuple[int, ...]) -> list[Tokens]:
+    return [np.array([*start, *tokenizer.encode(text), tokenizer.end_of_document], dtype=np.int32) for text in texts]
 
 
 def _encoded_by_workers(
-    chunks: Iterator[list[Document]], tokenizer_path: Path, workers: int
+    chunks: Iterator[list[Document]], tokenizer_path: Path, workers: int, start: tuple[int, ...]
 ) -> Generator[tuple[list[Tokens], int], None, None]:
-    processes = _Processes(tokenizer_path, workers)
+    processes = _Processes(tokenizer_path, workers, start)
     pool = ThreadPoolExecutor(workers)  # a thread for each process, to wait for it
     # A window of our own: the executor's `map` would read all documents at once.
     window: deque[tuple[Future[list[Tokens]], int]] = deque()
@@ -90,10 +93,10 @@ class _Processes:
     leaves half of it in the others' way.
     """
 
-    def __init__(self, tokenizer_path: Path, number: int) -> None:
+    def __init__(self, tokenizer_path: Path, number: int, start: tuple[int, ...]) -> None:
         # Spawned, not forked: tokenizers keep threads, which a fork would break.
         self._context = multiprocessing.get_context("spawn")
-        self._tokenizer_path, self._number = tokenizer_path, number
+        self._tokenizer_path, self._number, self._start_tokens = tokenizer_path, number, start
         self._of_thread = threading.local()
         self._lock = threading.Lock()
         self._all: list[SpawnProcess] | None = []  # None: no more are started
@@ -126,7 +129,9 @@ class _Processes:
         with self._lock:
             if self._all is None:
                 raise CancelledError
-            process = self._context.Process(target=_serve, args=(its, self._tokenizer_path), daemon=True)
+            process = self._context.Process(
+                target=_serve, args=(its, self._tokenizer_path, self._start_tokens), daemon=True
+            )
             # A process keeps the mask that it was started with: Ctrl-C, which reaches all of the terminal's, is for
             # this one.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -141,7 +146,7 @@ class _Processes:
         return own
 
 
-def _serve(pipe: Connection, tokenizer_path: Path) -> None:
+def _serve(pipe: Connection, tokenizer_path: Path, start: tuple[int, ...]) -> None:
     """Answers lists of texts with their tokens, or with the exception that came of it, as long as the parent lives."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tokenizer: Tokenizer | None = None
@@ -149,7 +154,7 @@ def _serve(pipe: Connection, tokenizer_path: Path) -> None:
         texts = pipe.recv()
         try:
             tokenizer = tokenizer or load_tokenizer(tokenizer_path)
-            pipe.send(_encode(tokenizer, texts))
+            pipe.send(_encode(tokenizer, texts, start))
         except Exception as error:
             pipe.send(error)
 

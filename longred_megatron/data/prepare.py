@@ -19,7 +19,8 @@ from longred_megatron.data.documents import find_files, read_documents
 from longred_megatron.data.encoding import Tokens, encoded
 from longred_megatron.data.indexed import file_mark
 from longred_megatron.data.skipped import Kind, Skipped, named
-from longred_megatron.data.tokenizer import file_digests, load_tokenizer
+from longred_megatron.data.tokenizer import Tokenizer, file_digests, load_tokenizer
+from longred_megatron.data.upsampling import LongShare, Upsampled, repeats, upsampled
 from longred_megatron.errors import UserError
 from longred_megatron.files import (
     MARKER,
@@ -58,10 +59,13 @@ class PrepareReport:
     dtype: str
     inputs: list[str]
     min_tokens: int
+    start_token: int | None  # with which the tokenizer itself opens a text
+    starts_documents: bool  # whether each document here begins with it
+    upsampling: Upsampled | None
     documents_kept: int
     documents_dropped: int  # shorter than min_tokens
-    tokens: int  # kept, with the end of each document
-    lengths: list[LengthBucket]
+    tokens: int  # in the set, with the start and the end of each document, and repeated ones
+    lengths: list[LengthBucket]  # of the documents in the set
     skipped: dict[str, Kind]  # bad documents, by kind
     passed_over: dict[str, Kind]  # files of other kinds and the like
     files: dict[str, Any]  # suffix -> `file_mark`
@@ -77,6 +81,7 @@ class PrepareReport:
             f"{each.up_to_tokens:>14,} {each.documents:>14,} {each.tokens:>18,} {each.tokens / self.tokens:>7.1%}"
             for each in self.lengths
         ]
+        lines += [self.upsampling.summary()] if self.upsampling else []
         lines += [f"skipped: {each}" for each in named(self.skipped)]
         lines += [f"passed over: {each}" for each in named(self.passed_over)]
         return "\n".join(lines)
@@ -91,6 +96,8 @@ def prepare(
     workers: int = 1,
     text_key: str = "text",
     overwrite: bool = False,
+    bos: bool = False,
+    long_share: LongShare | None = None,
 ) -> PrepareReport:
     """Tokenizes the documents of `inputs` (files and folders) into the indexed data set `output_prefix`.
 
@@ -102,37 +109,35 @@ def prepare(
         min_tokens: documents with fewer tokens, end of document not counted, are dropped; at least 1.
         text_key: the text's key in .jsonl lines, and its column in .parquet files.
         overwrite: replace an existing set.
+        bos: documents begin with the token with which the tokenizer itself opens a text.
+        long_share: long documents are repeated, behind all others, until they are so large a share.
 
     Raises: `UserError` for bad inputs, tokenizer or settings, a set that exists, a disk that is full, if most documents
     are bad, and if none is kept.
     """
-    _check_settings(output_prefix, min_tokens, workers)
+    _check_settings(output_prefix, min_tokens, workers, long_share)
     skipped = Skipped()
     files = find_files(inputs, skipped)
     num_bytes = sum(file.stat().st_size for file in files)
     with _unfinished_set(output_prefix, overwrite) as folder:
         tokenizer = load_tokenizer(tokenizer_path)
         documents = chain.from_iterable(read_documents(file, text_key, skipped) for file in files)
-        chunks = encoded(documents, tokenizer, tokenizer_path, workers)
-        lengths, dropped, dtype = _write_indexed(chunks, folder, tokenizer.vocab_size, min_tokens, num_bytes)
+        start = _start_tokens(tokenizer, tokenizer_path) if bos else ()
+        chunks = encoded(documents, tokenizer, tokenizer_path, workers, start)
+        least = len(start) + min_tokens + 1
+        written = _write_indexed(chunks, folder, tokenizer.vocab_size, least, num_bytes, long_share)
         skipped.check()
-        if len(lengths) == 0:
-            raise UserError(
-                f"no document kept: {dropped} read, each with fewer than {min_tokens} tokens; "
-                "lower --min-tokens or give longer texts"
-            )
+        written.check(min_tokens)
         report = PrepareReport(
             tokenizer=str(tokenizer_path.resolve()),
             tokenizer_sha256=file_digests(tokenizer_path),
             vocab_size=tokenizer.vocab_size,
             end_of_document=tokenizer.end_of_document,
-            dtype=dtype,
+            start_token=tokenizer.start_token,
+            starts_documents=bos,
             inputs=[str(path) for path in inputs],
             min_tokens=min_tokens,
-            documents_kept=len(lengths),
-            documents_dropped=dropped,
-            tokens=int(lengths.sum()),
-            lengths=_histogram(lengths),
+            **written.facts(),
             skipped=skipped.bad,
             passed_over=skipped.others,
             files={suffix: file_mark(folder / f"set{suffix}") for suffix in (".bin", ".idx")},
@@ -142,7 +147,7 @@ def prepare(
     return report
 
 
-def _check_settings(output_prefix: Path, min_tokens: int, workers: int) -> None:
+def _check_settings(output_prefix: Path, min_tokens: int, workers: int, long_share: LongShare | None) -> None:
     most_workers = max(16, MAX_WORKERS_PER_CORE * (os.cpu_count() or 1))
     problems = [
         f"{name} is {value}; give at least 1 and at most {most}"
@@ -152,6 +157,7 @@ def _check_settings(output_prefix: Path, min_tokens: int, workers: int) -> None:
         )
         if not 1 <= value <= most
     ]
+    problems += long_share.problems() if long_share else []
     if output_prefix.name in ("", ".."):
         problems.append(f"--output {output_prefix}: names no set; give a folder and a name, such as data/books")
     if problems:
@@ -232,24 +238,61 @@ def _move(folder: Path, output_prefix: Path) -> None:
         (folder / f"set{suffix}").replace(f"{output_prefix}{suffix}")
 
 
+def _start_tokens(tokenizer: Tokenizer, path: Path) -> tuple[int, ...]:
+    if tokenizer.start_token is None:
+        raise UserError(
+            f"--bos: the tokenizer {path} puts no start token before a text, or does not say so (as a sentencepiece "
+            ".model file); leave it out, or give the model's Hugging Face folder"
+        )
+    return (tokenizer.start_token,)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """lengths: of the documents in the set; kept: how many they are without repeats; dropped: those too short."""
+
+    lengths: NDArray[np.int64]
+    kept: int
+    dropped: int
+    dtype: str
+    upsampling: Upsampled | None
+
+    def check(self, min_tokens: int) -> None:
+        """Raises `UserError` when the set is empty."""
+        if self.kept == 0:
+            raise UserError(
+                f"no document kept: {self.dropped} read, each with fewer than {min_tokens} tokens; "
+                "lower --min-tokens or give longer texts"
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {
+            "dtype": self.dtype,
+            "upsampling": self.upsampling,
+            "documents_kept": self.kept,
+            "documents_dropped": self.dropped,
+            "tokens": int(self.lengths.sum()),
+            "lengths": _histogram(self.lengths),
+        }
+
+
 def _write_indexed(
     chunks: Generator[tuple[list[Tokens], int], None, None],
     folder: Path,
     vocab_size: int,
-    min_tokens: int,
+    least_tokens: int,
     num_bytes: int,
-) -> tuple[NDArray[np.int64], int, str]:
-    """Writes set.bin and set.idx; shows how far it is in the `num_bytes` of the input.
-
-    Returns the lengths of the documents kept, how many were not, and the dtype.
-    """
+    long_share: LongShare | None,
+) -> _Written:
+    """Writes set.bin and set.idx; shows how far it is in the `num_bytes` of the input."""
     # Megatron takes seconds to import: at the top of this file every tokenizing process would spend them too.
     with warnings.catch_warnings(action="ignore"):  # about kernels that are not needed here
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     dtype = DType.optimal_dtype(vocab_size)
     builder = IndexedDatasetBuilder(str(folder / "set.bin"), dtype=dtype)
-    dropped = 0
+    dropped, account = 0, None
     with (
         closing(builder.data_file),  # `finalize` closes it too, but a failure never gets there
         closing(chunks),  # its processes end with it
@@ -257,13 +300,31 @@ def _write_indexed(
     ):
         for documents, num_new_bytes in chunks:
             for tokens in documents:
-                if len(tokens) - 1 < min_tokens:
+                if len(tokens) < least_tokens:
                     dropped += 1
                 else:
                     builder.add_document(tokens, [len(tokens)])
             progress.update(num_new_bytes)
+        kept = len(builder.sequence_lengths)
+        if long_share is not None and kept:
+            account = _repeat_long(builder, folder / "set.bin", np.dtype(dtype), long_share)
         builder.finalize(str(folder / "set.idx"))
-    return np.array(builder.sequence_lengths, dtype=np.int64), dropped, np.dtype(dtype).name
+    lengths = np.array(builder.sequence_lengths, dtype=np.int64)
+    return _Written(lengths, kept, dropped, np.dtype(dtype).name, account)
+
+
+def _repeat_long(builder: Any, file: Path, dtype: "np.dtype[Any]", wanted: LongShare) -> Upsampled:
+    """Appends the long documents that `wanted` needs, round by round, each read back from the file."""
+    lengths = np.array(builder.sequence_lengths, dtype=np.int64)
+    counts = repeats(lengths, wanted)
+    builder.data_file.flush()
+    tokens = np.memmap(file, dtype=dtype, mode="r")
+    ends = np.cumsum(lengths)
+    for number in range(int(counts.max(initial=0))):
+        for document in tqdm(np.flatnonzero(counts > number), desc="repeating", unit=" documents", disable=None):
+            end, length = int(ends[document]), int(lengths[document])
+            builder.add_document(np.array(tokens[end - length : end]), [length])
+    return upsampled(lengths, counts, wanted)
 
 
 def _histogram(lengths: NDArray[np.int64]) -> list[LengthBucket]:

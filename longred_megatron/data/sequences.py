@@ -20,7 +20,7 @@ from longred_megatron.data.indexed import check_marks, damaged, num_tokens_in, o
 from longred_megatron.data.interleaving import Interleaving
 from longred_megatron.data.tokenizer import MAX_VOCAB_SIZE
 from longred_megatron.errors import UserError
-from longred_megatron.files import reason
+from longred_megatron.files import read_json, reason
 
 # Two epochs of a set are kept: a micro-batch may lie across the border of two.
 EPOCHS_KEPT = 2
@@ -51,6 +51,16 @@ def check_tokens(prefix: str, vocab_size: int) -> None:
             f"{vocab_size} embeddings; prepare the texts with the model's own tokenizer "
             "(tools/prepare_data.py --tokenizer)"
         )
+
+
+def without_start_token(prefix: str) -> bool:
+    """Whether the tokenizer of a set opens a text with a start token, as evaluation does, and the set's documents do
+    not begin with it. False where PREFIX.json does not say."""
+    try:
+        report = read_json(Path(f"{prefix}.json"), MAX_REPORT_BYTES)
+        return report["start_token"] is not None and not report["starts_documents"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _read_report(report: Path) -> tuple[int, dict[str, Any] | None]:

@@ -29,6 +29,10 @@ class Tokenizer(Protocol):
         """The id that ends each document."""
 
     @property
+    def start_token(self) -> int | None:
+        """The id that the tokenizer itself puts before a text; None: it puts none, or does not say."""
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id, with added tokens."""
 
@@ -146,12 +150,15 @@ class HuggingFaceTokenizer:
         with _failing_as(f"tokenizer {folder}: its vocabulary cannot be read", "one that is whole"):
             self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
             eos_token_id = self._tokenizer.eos_token_id
+            around_nothing = self._tokenizer("").input_ids
         if eos_token_id is None:
             raise UserError(
                 f"tokenizer {folder} has no end-of-sequence token to end documents with; "
                 "name one as eos_token in its tokenizer_config.json"
             )
         self.end_of_document: int = eos_token_id
+        starts = bool(around_nothing) and around_nothing[0] == self._tokenizer.bos_token_id
+        self.start_token: int | None = around_nothing[0] if starts else None
         _checked(folder, self)
 
     def encode(self, text: str) -> list[int]:
@@ -166,7 +173,12 @@ class HuggingFaceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A sentencepiece model; documents end with its end of sentence. Control pieces in texts are text."""
+    """A sentencepiece model; documents end with its end of sentence. Control pieces in texts are text.
+
+    Whether texts open with its begin of sentence is for whoever runs the model to say: it has no `start_token`.
+    """
+
+    start_token = None
 
     def __init__(self, model_file: Path) -> None:
         from sentencepiece import SentencePieceProcessor

@@ -80,6 +80,10 @@ class MicroBatchSource:
         assert has_teacher == self._phase.needs[objective].teacher, f"{settings.kind}: teacher positions against needs"
         return MicroBatch(**vars(batch), index=index, objective=objective, settings=settings)
 
+    def prefixes(self) -> list[str]:
+        """Of its data sets."""
+        return [each.prefix for source in self._sources.values() for each in source.sets]
+
     def padding_fractions(self) -> dict[str, float]:
         """Padding's share of the tokens of each packed data set, by prefix, estimated from its first block."""
         series = [each for source in self._sources.values() for each in source.sets]

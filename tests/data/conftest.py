@@ -13,6 +13,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tests.evaluation.conftest import byte_tokenizer
+
 WriteIndexed = Callable[[Path, Sequence[Sequence[int]]], str]
 
 
@@ -70,3 +72,11 @@ def jsonl(tmp_path: Path, corpus: list[str]) -> Path:
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpus))
     return path
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer of bytes that opens every text with token 0."""
+    folder = tmp_path_factory.mktemp("bos")
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    return folder

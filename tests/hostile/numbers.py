@@ -225,7 +225,8 @@ def command_lines() -> Iterator[Case]:
         yield Case(f"evaluate {flag} 10^15", (*evaluate, f"{flag}={10**15}"), code=(0, 2))
     prepare = (*PREPARE, "corpus")
     yield Case("prepare_data --workers 1000000", (*prepare, "--workers=1000000"), code=(0, 2))
-    for flag, values in {"--min-tokens": ("0", "-1", "x", str(10**30)), "--workers": ("0", "-1", "x")}.items():
+    of_prepare = {"--min-tokens": ("0", "-1", "x", str(10**30)), "--workers": ("0", "-1", "x")}
+    for flag, values in (of_prepare | {"--long-share": ("0", "1", "nan", "x"), "--long-tokens": ("5",)}).items():
         for value in values:
             yield Case(f"prepare_data {flag} {brief(value)}", (*prepare, f"{flag}={value}"), says=(flag,))
     for flag, values in {"--share": ("0", "-1", "nan", "inf", "1e300", "x"), "--seed": ("x",)}.items():
