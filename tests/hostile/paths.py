@@ -45,6 +45,7 @@ INPUTS: dict[str, Words] = {
     ),
     "evaluate --hf": lambda path: (*EVALUATE, path),
     "evaluate --reference": lambda path: (*EVALUATE, "model", "--reference", path),
+    "evaluate --runs": lambda path: (*EVALUATE, "model", "--runs", path),
     "evaluate --text": lambda path: (*EVALUATE, "model", "--text", path),
     "evaluate --long-text": lambda path: (*EVALUATE, "model", "--long-text", path),
     "select_layers RECIPE": lambda path: ("select_layers", path, *SELECT[2:]),
