@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from longred_megatron.errors import UserError
+from longred_megatron.files import reason
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -18,9 +19,12 @@ def checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def checkpoints_to_study(run: Path) -> list[tuple[int, Path]]:
-    """As `checkpoints`. Raises `UserError` when there is none."""
-    if found := checkpoints(run):
-        return found
+    """As `checkpoints`. Raises `UserError` when there is none, or the folder cannot be read."""
+    try:
+        if found := checkpoints(run):
+            return found
+    except (OSError, ValueError) as error:
+        raise UserError(f"--runs {run}: {reason(error)}; give the run.dir of a run") from None
     raise UserError(f"--runs {run}: no run folder with checkpoints; give the run.dir of a run that has saved one")
 
 

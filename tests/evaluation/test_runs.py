@@ -66,3 +66,5 @@ def test_every_checkpoint_is_measured_and_the_last_is_the_export(
 def test_a_folder_without_checkpoints(folders: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--runs .*: no run folder with checkpoints; give the run.dir of a run"):
         evaluate([folders["base"]], tmp_path / "out", settings=Settings((text_file,)), runs=[tmp_path])
+    with pytest.raises(UserError, match=r"--runs n+: .*too long; give the run.dir of a run"):
+        evaluate([folders["base"]], tmp_path / "out", settings=Settings((text_file,)), runs=[Path("n" * 300)])
