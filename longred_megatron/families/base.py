@@ -7,6 +7,7 @@ architecture, which asks its family; it knows no family's name.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from torch.nn.functional import silu
@@ -111,7 +112,7 @@ class Architecture:
         Args:
             depth: layers that run; head: whether the language-model head runs.
         """
-        matrices = sum(math.prod(shape) for _, shape in self._matrices())
+        matrices = sum(math.prod(shape) for _, shape in self._matrices)
         # scores and weighted values
         attention = 2 * self.num_attention_heads * self.head_dim * sequence_length / 2
         return 2 * (depth * (matrices + attention) + head * self.hidden_size * self.vocab_size)
@@ -126,18 +127,17 @@ class Architecture:
         num_norms = sum(rule.part == "norm" and wide in rule.huggingface.values() for rule in self.layer_rules())
         parts = [
             (rule.part, shape[rule.layout.split_dim])
-            for rule, shape in self._matrices()
+            for rule, shape in self._matrices
             if rule.layout.split_dim is not None
         ]
         mlp = sum(width for part, width in parts if part == "mlp")
         return LayerActivations(2 * num_norms * self.hidden_size, sum(width for _, width in parts), mlp)
 
-    def _matrices(self) -> Iterator[tuple[Rule, tuple[int, ...]]]:
+    @cached_property  # a search for layouts asks a thousand times
+    def _matrices(self) -> list[tuple[Rule, tuple[int, ...]]]:
         """The (output, input) matrices of one layer."""
-        for rule in self.layer_rules():
-            for shape in rule.huggingface.values():
-                if len(shape) == 2:
-                    yield rule, shape
+        shapes = [(rule, shape) for rule in self.layer_rules() for shape in rule.huggingface.values()]
+        return [(rule, shape) for rule, shape in shapes if len(shape) == 2]
 
     @property
     def _family(self) -> "Family":

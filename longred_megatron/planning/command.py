@@ -6,11 +6,13 @@ from pathlib import Path
 
 from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_folder, try_output, write_text
+from longred_megatron.planning import search
 from longred_megatron.planning.gpus import read_gpu
-from longred_megatron.planning.plan import plan_phase, report, to_json
+from longred_megatron.planning.plan import PhasePlan, plan_phase, report, to_json
 from longred_megatron.recipe import check_phases, load_recipe, read_phases
 
-PLAN = "plan.json"
+PLAN, SETTINGS = "plan.json", "layout.yaml"
+MOST_GPUS = 4096
 
 
 def plan_run(recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: int, output: Path | None) -> str:
@@ -23,12 +25,45 @@ def plan_run(recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: in
     phases = read_phases(load_recipe(recipe, overrides))
     if problems := check_phases(phases, num_gpus, gpu=True):
         raise UserError(*problems)
-    if output is not None:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"--output {output}: is in use; choose a new or empty folder")
-        try_output(output, "--output")
+    _check(output)
     plans = [plan_phase(phase, num_gpus, gpu) for phase in phases]
-    if output is not None:
-        with appearing_folder(output) as partial:
-            write_text(partial / PLAN, json.dumps(to_json(plans), indent=1))
+    _write(output, plans, None)
     return report(plans)
+
+
+def search_layouts(
+    recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: int | None, output: Path | None
+) -> str:
+    """The fastest layouts on so many GPUs; None: on the fewest that one fits. With `output`, the first one's plan.json
+    and layout.yaml in a new folder.
+
+    Raises:
+        UserError: as `plan_run`; no layout fits.
+    """
+    gpu = read_gpu(gpu_name)
+    phases = read_phases(load_recipe(recipe, overrides))
+    _check(output)
+    found = search.fewest_gpus(phases, gpu, MOST_GPUS) if num_gpus is None else search.search(phases, num_gpus, gpu)
+    shown = search.report(found, gpu)
+    if not found.fitting:
+        raise UserError(shown)
+    first = found.fitting[0]
+    _write(output, first.plans, search.settings_of(first))
+    return shown + "\n\n" + report(first.plans)
+
+
+def _check(output: Path | None) -> None:
+    if output is None:
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output}: is in use; choose a new or empty folder")
+    try_output(output, "--output")
+
+
+def _write(output: Path | None, plans: Sequence[PhasePlan], settings: str | None) -> None:
+    if output is None:
+        return
+    with appearing_folder(output) as partial:
+        write_text(partial / PLAN, json.dumps(to_json(plans), indent=1))
+        if settings is not None:
+            write_text(partial / SETTINGS, settings)

@@ -1,8 +1,8 @@
 """Bytes of every rank by part, at the moment of a step when they are most."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from longred_megatron.families import Architecture
@@ -63,7 +63,9 @@ class StageMemory:
         self.replicas = world_size // (p.tensor * p.pipeline * p.context)
         self.chunks = stage_chunks(phase.source, p, stage)
         self.cost = cache(self._chunk_cost)
+        self.memory = cache(self._memory)
 
+    @cached_property
     def resident(self) -> Bytes:
         """What is there all the time."""
         recipe, parts, p = self.phase.recipe, self.phase.recipe.training.trainable, self.parallel
@@ -87,9 +89,9 @@ class StageMemory:
             "teacher": self.size * teachers,
         }
 
-    def memory(self, replica: int = 0) -> RankMemory:
+    def _memory(self, replica: int = 0) -> RankMemory:
         """Of a rank of one data-parallel replica."""
-        resident = self.resident()
+        resident = self.resident
         order = microbatch_order({n: o.microbatches for n, o in self.phase.recipe.objectives.items()}, self.phase.needs)
         own = [order[i] for i in replica_indices(len(order), replica, self.replicas)]
         peaks = [self._passes_peak(own, resident), self._optimizer_peak(resident)]
@@ -328,9 +330,3 @@ def _widths(model: Architecture, tensor: int) -> Widths:
         head_dim=model.head_dim,
         qk_norm=model.qk_norm,
     )
-
-
-def memory_by_stage(phase: Phase, world_size: int, implementation: Implementation) -> Mapping[int, RankMemory]:
-    """Of every pipeline stage; the ranks of a stage differ in nothing that is known beforehand."""
-    stages = range(phase.recipe.parallel.pipeline)
-    return {stage: StageMemory(phase, world_size, stage, implementation).memory() for stage in stages}

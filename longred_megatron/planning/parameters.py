@@ -45,18 +45,18 @@ def stage_chunks(
     """
     chunks = parallel.for_depth(model.num_layers).chunk_layers(model.num_layers)
     depth = model.num_layers if depth is None else depth
+    embedding, norm, output = model.outer_rules()
+    of_layer = [Parameter(rule.part, _elements(rule, parallel.tensor)) for rule in model.layer_rules()]
     found = []
     for number in range(stage, len(chunks), parallel.pipeline):
         layers = range(chunks[number].start, max(chunks[number].start, min(chunks[number].stop, depth + 1)))
         first, last = number == 0, number == len(chunks) - 1
-        rules = [rule for layer in layers for rule in model.layer_rules(layer - 1)]
-        embedding, norm, output = model.outer_rules()
-        rules += [embedding] if first else []
+        rules = [embedding] if first else []
         rules += [norm] if last else []
         tied_here = first and model.tied_embeddings and copy
         rules += [output] if last and head and not tied_here else []
-        parameters = tuple(Parameter(rule.part, _elements(rule, parallel.tensor)) for rule in rules)
-        found.append(ChunkModel(layers, parameters, first, last))
+        parameters = of_layer * len(layers) + [Parameter(r.part, _elements(r, parallel.tensor)) for r in rules]
+        found.append(ChunkModel(layers, tuple(parameters), first, last))
     return found
 
 

@@ -69,8 +69,18 @@ class PhasePlan:
 
 def plan_phase(phase: Phase, world_size: int, gpu: Gpu) -> PhasePlan:
     """The plan of a phase in which `check_phase` has found no problem."""
+    return plan_stages(stage_memories(phase, world_size), world_size, gpu)
+
+
+def stage_memories(phase: Phase, world_size: int) -> list[StageMemory]:
+    """Of every pipeline stage, on a GPU."""
+    return [StageMemory(phase, world_size, stage, FUSED) for stage in range(phase.recipe.parallel.pipeline)]
+
+
+def plan_stages(stages: Sequence[StageMemory], world_size: int, gpu: Gpu) -> PhasePlan:
+    """The plan of the phase whose `stage_memories` these are."""
+    phase = stages[0].phase
     p, recipe = phase.recipe.parallel, phase.recipe
-    stages = [StageMemory(phase, world_size, stage, FUSED) for stage in range(p.pipeline)]
     times = [StageTime(phase, world_size, stage, gpu) for stage in stages]
     order = microbatch_order({n: o.microbatches for n, o in recipe.objectives.items()}, phase.needs)
     own = [order[i] for i in replica_indices(len(order), 0, stages[0].replicas)]

@@ -36,6 +36,8 @@ class StageTime:
     def __init__(self, phase: Phase, world_size: int, memory: StageMemory, gpu: Gpu) -> None:
         self.phase, self.gpu, self.memory, self.world_size = phase, gpu, memory, world_size
         self.chunk_time = cache(self._chunk_time)
+        self.teacher_seconds = cache(self._teacher_seconds)
+        self.data_bytes = cache(self._data_bytes)
 
     # Links. Megatron numbers ranks by tensor, context, data, pipeline axis, the first fastest.
 
@@ -90,7 +92,7 @@ class StageTime:
         kv = 2 * model.num_kv_heads * model.head_dim * self.phase.recipe.precision.number_bytes / p.tensor
         return (p.context - 1) * self.phase.sites[name].rank_tokens * kv
 
-    def teacher_seconds(self, name: str) -> dict[str, float]:
+    def _teacher_seconds(self, name: str) -> dict[str, float]:
         """The forward pass of a micro-batch's teacher on this stage."""
         needs, site = self.phase.needs[name], self.phase.sites[name]
         if not needs.teacher:
@@ -139,9 +141,9 @@ class StageTime:
         own = tokens / (p.tensor if p.sequence else 1)
         return own * self.phase.source.hidden_size * recipe.precision.number_bytes
 
-    def data_bytes(self) -> dict[str, float]:
+    def _data_bytes(self) -> dict[str, float]:
         """Gradients' reduce-scatter and weights' all-gather over data- and context-parallel ranks, sent by a rank."""
-        resident, ranks = self.memory.resident(), self.memory.replicas * self.phase.recipe.parallel.context
+        resident, ranks = self.memory.resident, self.memory.replicas * self.phase.recipe.parallel.context
         share = (ranks - 1) / ranks
         elements = resident["gradients"] / 4
         return {
@@ -152,7 +154,7 @@ class StageTime:
     def end_seconds(self) -> dict[str, float]:
         """After the passes: gradients are reduced, weights updated and gathered."""
         data, ranks = self.data_bytes(), self.memory.replicas * self.phase.recipe.parallel.context
-        elements = self.memory.resident()["gradients"] / 4 / ranks
+        elements = self.memory.resident["gradients"] / 4 / ranks
         return {
             "data-parallel messages": sum(data.values()) / self.link("data"),
             "optimizer": self._touched(elements * OPTIMIZER_BYTES),

@@ -1,8 +1,8 @@
 """A layer of Transformer Engine's, planned, against bytes that Megatron-LM publishes of its own runs on H100.
 
 Facts: layouts and `mem-allocated-bytes`, `mem-max-allocated-bytes` of tests/functional_tests/test_cases/gpt in
-NVIDIA/Megatron-LM at commit d98e8a64, logged by the last rank. The models are others than ours: GPT with a MLP without a
-gate, and cross-entropy on all logits at once; those of 7B with biases, LayerNorm, dropout and learned positions.
+NVIDIA/Megatron-LM at commit d98e8a64, logged by the last rank. The models are others than ours: GPT with a MLP without
+a gate, and cross-entropy on all logits at once; those of 7B with biases, LayerNorm, dropout and learned positions.
 """
 
 from dataclasses import dataclass
