@@ -74,6 +74,13 @@ def test_weights_and_states_by_hand(llama: Path, tmp_path: Path) -> None:
     assert rank["optimizer"] == pytest.approx(12 * elements / 2, rel=1e-6)  # over two context ranks
 
 
+def test_the_recipe_s_comment_is_true(llama: Path, tmp_path: Path) -> None:
+    content = planned(llama, tmp_path / "plan", "llama3_8b_32k_longred_c", "--gpu", "h100-80gb", "--gpus", "8")
+    gibibytes, hours = content["memory_bytes"]["total"] / 2**30, content["hours"]
+    comment = f"on H100 LongReD-C is planned at {gibibytes:.1f} GiB a rank, {hours:.1f} hours"
+    assert comment in (RECIPES / "llama3_8b_32k.yaml").read_text()
+
+
 @pytest.mark.parametrize("name", PUBLISHED_HOURS)
 def test_the_paper_s_hours(name: str, llama: Path, tmp_path: Path) -> None:
     content = planned(llama, tmp_path / "plan", name, "--gpu", "a800-80gb", "--gpus", "8")
