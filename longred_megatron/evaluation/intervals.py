@@ -111,13 +111,15 @@ def _resampled_means(sums: NDArray[np.float64], rng: np.random.Generator) -> NDA
 def _tail(num_clusters: int) -> float:
     """The share of resampled means below the interval: 2.5 %, less for few clusters, whose resampled means vary by
     sqrt((n - 1) / n) too little and whose own spread is uncertain as Student's t says."""
-    wider = math.sqrt(num_clusters / (num_clusters - 1)) * _student_quantile(num_clusters - 1)
+    wider = math.sqrt(num_clusters / (num_clusters - 1)) * student_quantile(num_clusters - 1)
     return NormalDist().cdf(-wider)
 
 
-def _student_quantile(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t. With t = sqrt(freedom) * tan(angle) its density is
-    cos(angle) ** (freedom - 1), up to a factor."""
+def student_quantile(freedom: float) -> float:
+    """q with P(|t| <= q) = 95 % for Student's t of `freedom` degrees of freedom, 1 or more.
+
+    With t = sqrt(freedom) * tan(angle) its density is cos(angle) ** (freedom - 1), up to a factor.
+    """
     angles = np.linspace(0, math.pi / 2, 20_001)
     density = np.cos(angles) ** (freedom - 1)
     share = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-CONFIDENCE = 0.95
+from longred_megatron.evaluation.intervals import student_quantile
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """low, high: the ends of the interval of `CONFIDENCE`."""
+    """low, high: the ends of the 95 % interval."""
 
     mean: float
     low: float
@@ -50,17 +50,5 @@ def estimate(values: NDArray[np.float64]) -> Estimate:
     if not square > 0:
         return Estimate(mean, mean, mean)
     degrees = square**2 / sum(part**2 / free for part, free in parts)
-    half = t_quantile(degrees) * math.sqrt(square)
+    half = student_quantile(degrees) * math.sqrt(square)
     return Estimate(mean, mean - half, mean + half)
-
-
-def t_quantile(degrees: float) -> float:
-    """q with P(|T| <= q) = `CONFIDENCE` for Student's t of `degrees` degrees of freedom, 1 or more.
-
-    With T = sqrt(degrees) tan(a), a has a density proportional to cos(a)^(degrees - 1), which is summed up.
-    """
-    angles = np.linspace(0, math.pi / 2, 200_001)
-    middles = (angles[1:] + angles[:-1]) / 2
-    cumulative = np.cumsum(np.cos(middles) ** (degrees - 1))
-    place = np.interp(CONFIDENCE * cumulative[-1], cumulative, angles[1:])
-    return math.sqrt(degrees) * math.tan(place)

@@ -7,12 +7,12 @@ import pytest
 
 from longred_megatron.evaluation.intervals import (
     Interval,
-    _student_quantile,
     combined_interval,
     difference_interval,
     mean_interval,
     score_interval,
     share_interval,
+    student_quantile,
 )
 
 
@@ -31,7 +31,7 @@ def test_wilson_as_published() -> None:
 
 @pytest.mark.parametrize(("freedom", "published"), [(1, 12.706), (2, 4.303), (9, 2.262), (30, 2.042), (1000, 1.962)])
 def test_students_t(freedom: int, published: float) -> None:
-    assert _student_quantile(freedom) == pytest.approx(published, rel=1e-3)
+    assert student_quantile(freedom) == pytest.approx(published, rel=1e-3)
 
 
 def test_mean_equals_a_plain_bootstrap() -> None:
