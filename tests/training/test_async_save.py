@@ -157,7 +157,7 @@ def test_training_goes_on_while_a_slow_disk_writes(calm: tuple[Path, Path], tmp_
     waited = {}
     for is_async in (False, True):
         overrides = ("training.steps=4", "training.checkpoint_every_steps=2", f"run.dir={tmp_path}/{is_async}")
-        out = train(recipe, *overrides, before="time.sleep(2)", is_async=is_async, step_seconds=1.5)
+        out = train(recipe, *overrides, before="time.sleep(2)", is_async=is_async, step_seconds=3)
         waited[is_async] = sum(float(seconds) for seconds in re.findall(r"waited (\S+)", out))
     print(f"two checkpoints on a disk of 2 s: {waited[False]:.2f} s waited, {waited[True]:.2f} s when asynchronous")
     assert waited[False] > 4  # for each
