@@ -49,7 +49,6 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours.float() - theirs).norm() / theirs.norm()).detach())
 
 
-@pytest.mark.xfail(reason="the teacher runs in the student's FP8; issue 11, item 3")
 def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     precision = {"params": "bf16", "fp8": "hybrid"}
     run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
