@@ -49,11 +49,12 @@ class TextSource:
 class TextEncoder:
     """A tokenizer without its special tokens, and the ones to place by hand.
 
-    start: what the tokenizer puts in front of every text by itself (a BOS token, or nothing); separator: its
-    end-of-text token, or nothing; fingerprint: equal for two tokenizers that map the same vocabulary to the
-    same numbers.
+    tokenizer: as transformers loads it; start: what it puts in front of every text by itself (a BOS token, or
+    nothing); separator: its end-of-text token, or nothing; fingerprint: equal for two tokenizers that map the same
+    vocabulary to the same numbers.
     """
 
+    tokenizer: PreTrainedTokenizerBase
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     start: tuple[int, ...]
@@ -118,6 +119,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) + json.dumps(around_nothing)
     return TextEncoder(
+        tokenizer,
         encode=lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids,
         decode=tokenizer.decode,
         start=tuple(around_nothing[:1]) if bos is not None and around_nothing[:1] == [bos] else (),

@@ -1,5 +1,6 @@
 """Benchmarks by lm-evaluation-harness. Nothing is downloaded, and no code that a model writes is run unasked."""
 
+import copy
 import difflib
 import importlib
 import importlib.util
@@ -14,7 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from longred_megatron.data.tokenizer import load_hugging_face
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.benchmarks.published import OWN_ABILITY, PUBLISHED, Benchmark
 from longred_megatron.evaluation.benchmarks.results import BenchmarkResult
@@ -62,7 +62,7 @@ def measure_benchmarks(
     """Asks every question of `benchmarks`. tokens_per_batch: questions are batched as if each had 512 tokens."""
     if not benchmarks:
         return ()
-    tokenizer = load_hugging_face(model.facts.path)
+    tokenizer = copy.deepcopy(model.encoder.tokenizer)  # the harness gives it a padding token
     with _inside_harness():
         from lm_eval.models.huggingface import HFLM
 

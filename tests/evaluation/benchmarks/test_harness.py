@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_task_is_measured_as_plain_transformers_does(tasks: Path, base: Causal
     assert result.scores == tuple(float(right) for right in _answered_right(base))
     assert 0 < result.score < 1 and result.score == pytest.approx(sum(result.scores) / 9)
     assert (result.benchmark, result.metric, result.num_questions) == ("sums", "acc,none", 9)
+
+
+def test_a_checkpoint_is_asked_with_the_tokenizer_that_was_taken_for_it(
+    tasks: Path, base: CausalModel, tmp_path: Path
+) -> None:
+    """Its folder holds none."""
+    benchmarks = chosen_benchmarks(["sums"], tasks)
+    checkpoint = replace(base, facts=replace(base.facts, path=tmp_path))
+    assert measure_benchmarks(checkpoint, benchmarks, 1024) == measure_benchmarks(base, benchmarks, 1024)
+    assert base.encoder.tokenizer.pad_token is None  # the harness has set its own copy's
 
 
 @torch.no_grad()
