@@ -70,22 +70,26 @@ def model_styles(report: Report) -> dict[str, tuple[str, str]]:
 def loss_figure(report: Report) -> str:
     """Loss by position: short texts at the original window, long texts at the extended one."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.9), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
-        for axes, title, of in (
-            (left, f"Short texts, window {report.original_window:,}", lambda model: model.short),
-            (right, f"Long texts, window {report.extended_window:,}", lambda model: model.long),
-        ):
-            for model in report.shown:
-                _draw_losses(axes, report, model, of(model))
-            axes.set_title(title)
-            axes.set_xlabel("position in the window (tokens)")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        left.set_ylabel("loss (nats a token)")
-        if report.extended_window > report.original_window:
-            _mark_original_window(right, report)
+        figure, short, long = _short_and_long(report, height=3.9)
+        for model in report.shown:
+            _draw_losses(short, report, model, model.short)
+            _draw_losses(long, report, model, model.long)
+        short.set_ylabel("loss (nats a token)")
         return svg_of(figure, "loss")
+
+
+def _short_and_long(report: Report, height: float) -> tuple[Figure, Axes, Axes]:
+    """A figure of so many inches with two panels by position: of short texts, and of long ones."""
+    figure = Figure(figsize=(10.4, height), layout="constrained")
+    short, long = figure.subplots(1, 2, width_ratios=(1, 1.6))
+    for axes, kind, window in ((short, "Short", report.original_window), (long, "Long", report.extended_window)):
+        axes.set_title(f"{kind} texts, window {window:,}")
+        axes.set_xlabel("position in the window (tokens)")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if report.extended_window > report.original_window:
+        _mark_original_window(long, report)
+    return figure, short, long
 
 
 def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByPosition | LossDifference) -> None:
@@ -99,23 +103,14 @@ def _draw_losses(axes: Axes, report: Report, model: ModelReport, losses: LossByP
 def change_figure(report: Report) -> str:
     """Loss less the reference's by position, on short and on long texts, with the paired interval as a band."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10.4, 3.0), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.6))
-        for axes, title, of in (
-            (left, "Short texts", lambda model: model.short),
-            (right, "Long texts", lambda model: model.long),
-        ):
+        figure, short, long = _short_and_long(report, height=3.0)
+        for axes in (short, long):
             axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2.0, linestyle=(0, (4, 2)), zorder=2)
-            for model in report.shown:
-                if of(model).against_reference is not None:
-                    _draw_losses(axes, report, model, of(model).against_reference)
-            axes.set_title(title)
-            axes.set_xlabel("position in the window (tokens)")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        left.set_ylabel("difference (nats a token)")
-        if report.extended_window > report.original_window:
-            _mark_original_window(right, report)
+        for model in report.shown:
+            for axes, losses in ((short, model.short), (long, model.long)):
+                if losses.against_reference is not None:
+                    _draw_losses(axes, report, model, losses.against_reference)
+        short.set_ylabel("difference (nats a token)")
         return svg_of(figure, "change")
 
 
