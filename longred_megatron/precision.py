@@ -60,6 +60,9 @@ class Sizes:
     head_dims: Mapping[str, int]
 
 
+GRADIENT_BYTES = 4  # summed over micro-batches in fp32, whatever the parameters' type
+
+
 class Precision(Settings):
     """Number formats."""
 
@@ -98,6 +101,11 @@ class Precision(Settings):
     def number_bytes(self) -> int:
         """Of a parameter or an activation."""
         return 2 if self.params == "bf16" else 4
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Of a trained parameter in Adam's state: two fp32 moments, and of bf16 parameters an fp32 copy."""
+        return 12 if self.params == "bf16" else 8
 
     def of_teacher(self) -> "Precision":
         """Of the frozen models."""

@@ -19,7 +19,6 @@ from longred_megatron.doctor.patient import Patient
 from longred_megatron.doctor.team import Report
 from longred_megatron.errors import plain
 from longred_megatron.recipe import Recipe, read_phases
-from longred_megatron.recipe.summary import OPTIMIZER_BYTES, PARAMETER_BYTES
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "longred-megatron")
 # What nvidia-smi is asked for. A GPU that cools itself down or is capped runs below its largest clock under load.
@@ -234,7 +233,7 @@ def _disk(patient: Patient) -> Finding:
     seconds = team.gather(_written(patient.shared / f"disk-{team.rank}", DISK_BYTES[on_gpu()]))
     rate, free = team.size * DISK_BYTES[on_gpu()] / max(seconds), shutil.disk_usage(patient.shared).free
     trained = patient.phases[0].source.num_parameters()
-    checkpoint = trained * (PARAMETER_BYTES[recipe.precision.params] + OPTIMIZER_BYTES[recipe.precision.params])
+    checkpoint = trained * (recipe.precision.number_bytes + recipe.precision.optimizer_bytes)
     needed = (recipe.training.keep_checkpoints + 1) * checkpoint  # one more while the newest is written
     free, needed_text = team.first(free), f"{needed / 1e9:.1f} GB"
     numbers = {"bytes_per_second": rate, "free_bytes": free, "checkpoint_bytes": checkpoint, "needed_bytes": needed}

@@ -10,11 +10,9 @@ from longred_megatron.objectives.base import Objective, Site, Tap
 from longred_megatron.planning.operations import Cost, Implementation, Operation, Tokens, Widths, cost
 from longred_megatron.planning.parameters import ChunkModel, buffer_elements, elements, stage_chunks
 from longred_megatron.planning.schedule import stage_passes
+from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 from longred_megatron.training.order import microbatch_order, replica_indices
-
-GRADIENT_BYTES = 4  # summed over micro-batches in fp32, whatever the parameters' type
-OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}  # two fp32 moments, and of bf16 parameters an fp32 copy
 
 Bytes = dict[str, float]
 
@@ -85,7 +83,7 @@ class StageMemory:
         return {
             "weights": self.size * (buffers + frozen),
             "gradients": GRADIENT_BYTES * buffers,
-            "optimizer": OPTIMIZER_BYTES[recipe.precision.params] * buffers / ranks,
+            "optimizer": recipe.precision.optimizer_bytes * buffers / ranks,
             "teacher": self.size * teachers,
         }
 

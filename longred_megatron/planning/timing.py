@@ -10,6 +10,7 @@ from longred_megatron.families.weights import Part
 from longred_megatron.kernels.linear_loss import CHUNK_BYTES
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import StageMemory
+from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 
 Seconds = Mapping[str, float]
@@ -18,7 +19,7 @@ ATTENTION_BACKWARD = 2.5
 # Passes over each fp32 tensor of a loss's chunk; ours, by counting the operations of kernels/.
 LOSS_PASSES = 4
 # Adam: reads gradient, fp32 weight and two moments, writes the last three and the new weight.
-OPTIMIZER_BYTES = 4 + 3 * 4 + 3 * 4
+ADAM_TRAFFIC = 4 + 3 * 4 + 3 * 4
 MLP: tuple[Part, ...] = ("mlp",)
 MATRICES: tuple[Part, ...] = ("mlp", "attention")
 
@@ -145,7 +146,7 @@ class StageTime:
         """Gradients' reduce-scatter and weights' all-gather over data- and context-parallel ranks, sent by a rank."""
         resident, ranks = self.memory.resident, self.memory.replicas * self.phase.recipe.parallel.context
         share = (ranks - 1) / ranks
-        elements = resident["gradients"] / 4
+        elements = resident["gradients"] / GRADIENT_BYTES
         return {
             "gradients": resident["gradients"] * share,
             "weights": elements * self.phase.recipe.precision.number_bytes * share,
@@ -154,8 +155,8 @@ class StageTime:
     def end_seconds(self) -> dict[str, float]:
         """After the passes: gradients are reduced, weights updated and gathered."""
         data, ranks = self.data_bytes(), self.memory.replicas * self.phase.recipe.parallel.context
-        elements = self.memory.resident["gradients"] / 4 / ranks
+        elements = self.memory.resident["gradients"] / GRADIENT_BYTES / ranks
         return {
             "data-parallel messages": sum(data.values()) / self.link("data"),
-            "optimizer": self._touched(elements * OPTIMIZER_BYTES),
+            "optimizer": self._touched(elements * ADAM_TRAFFIC),
         }

@@ -6,16 +6,11 @@ from dataclasses import dataclass
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part
 from longred_megatron.objectives.base import Needs, Tap
-from longred_megatron.precision import ATTENTION_NOTE, Precision
+from longred_megatron.precision import ATTENTION_NOTE, GRADIENT_BYTES, Precision
 from longred_megatron.recipe.phases import Phase
 from longred_megatron.recipe.schema import Recipe
 
 GIB = 2**30
-# Gradients are summed over micro-batches in fp32, whatever the parameters' type.
-GRADIENT_BYTES = 4
-# Adam: two fp32 moments; with bf16 parameters an fp32 copy of them as well.
-OPTIMIZER_BYTES = {"bf16": 12, "fp32": 8}
-PARAMETER_BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
     - loss = what the objective whose loss needs most says of it
     """
     recipe, source = phase.recipe, phase.source
-    parallel, size = recipe.parallel, PARAMETER_BYTES[recipe.precision.params]
+    parallel, size = recipe.parallel, recipe.precision.number_bytes
     replicas = _replicas(recipe, world_size)
     parameters = _stage_parameters(recipe, source, source.num_layers, True)
     trained = _stage_parameters(recipe, source, source.num_layers, True, recipe.training.trainable)
@@ -118,7 +113,7 @@ def expected_memory(phase: Phase, world_size: int) -> Memory:
     return Memory(
         parameters=size * parameters,
         gradients=GRADIENT_BYTES * trained,
-        optimizer=OPTIMIZER_BYTES[recipe.precision.params] * trained / (replicas * parallel.context),
+        optimizer=recipe.precision.optimizer_bytes * trained / (replicas * parallel.context),
         teacher=size * teachers,
         teacher_targets=_target_elements(phase, replicas) * size,
         activations=_activation_elements(recipe, source, replicas) * size,
@@ -134,7 +129,7 @@ def checkpoint_bytes(phase: Phase, world_size: int) -> float:
     recipe, source = phase.recipe, phase.source
     parameters = _stage_parameters(recipe, source, source.num_layers, True)
     trained = _stage_parameters(recipe, source, source.num_layers, True, recipe.training.trainable)
-    whole = PARAMETER_BYTES[recipe.precision.params] * parameters + 12 * trained
+    whole = recipe.precision.number_bytes * parameters + 12 * trained
     return whole / (_replicas(recipe, world_size) * recipe.parallel.context)
 
 
@@ -197,9 +192,9 @@ def _model_lines(recipe: Recipe, architecture: Architecture) -> list[Block]:
 def _memory_lines(phase: Phase, world_size: int) -> Block:
     recipe, memory = phase.recipe, expected_memory(phase, world_size)
     formulas = {
-        "parameters": f"{PARAMETER_BYTES[recipe.precision.params]} bytes x N",
+        "parameters": f"{recipe.precision.number_bytes} bytes x N",
         "gradients": f"{GRADIENT_BYTES} bytes x N",
-        "optimizer": f"{OPTIMIZER_BYTES[recipe.precision.params]} bytes x N / (data x context)",
+        "optimizer": f"{recipe.precision.optimizer_bytes} bytes x N / (data x context)",
         "teacher": "forward only: no gradients, no optimizer",
         "teacher_targets": "values of the compared layers, kept for the student's pass",
         "activations": f"recompute {recipe.training.recompute}",
