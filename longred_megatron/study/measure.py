@@ -26,7 +26,7 @@ from longred_megatron.study.settings import Evaluation
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one model. key: of the texts, prompts and settings; the same for models that can be compared.
+    """Of one model. key: of the texts, prompts, settings, the original's files and its own.
 
     short, long: mean loss of each document's windows, nats a token. prompts: length -> score of each prompt, 0 to 1,
     task after task. similarity: mean cosine of its hidden states to the original's on short texts; None where it
@@ -78,16 +78,17 @@ class Measurer:
         self._device = resolve_device("auto")
         self._dtype = resolve_dtype("auto", self._device)
         self._tokens_per_batch = TOKENS_PER_BATCH[self._device.type]
-        self._key = self._fingerprint()
+        self._key = f"{self._fingerprint()}-{_files_key(original)}"
         self._original = self._load(original)
 
     def measure(self, hf: Path, output: Path) -> Measured:
-        """The figures of the model in `hf`, out of `output` where they are there and of the same texts and prompts."""
-        if (known := read_measured(output, self._key)) is not None:
+        """The figures of the model in `hf`, out of `output` where they are there, of the same files and texts."""
+        key = f"{self._key}-{_files_key(hf)}"
+        if (known := read_measured(output, key)) is not None:
             return known
         model = self._load(hf)
         measured = Measured(
-            self._key,
+            key,
             self._losses(model, self.corpus.short),
             self._losses(model, self.corpus.long),
             self._scores(model),
@@ -129,6 +130,12 @@ class Measurer:
             return None
         tokens = self.corpus.short.tokens[:SIMILARITY_WINDOWS]
         return hidden_state_similarity(model, self._original, tokens, self._tokens_per_batch).mean
+
+
+def _files_key(hf: Path) -> str:
+    """Another one when a file of the model is written again."""
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(hf.iterdir())]
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def read_measured(path: Path, key: str) -> Measured | None:

@@ -1,6 +1,7 @@
 """A small study from its file to its page; what is there is not made again; what cannot work is told before."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_from_the_file_to_the_page_and_again(
     monkeypatch.setattr("longred_megatron.study.measure.Measurer._losses", refuse)
     main([str(path)])  # figures are read again, too
     assert capsys.readouterr().out.count("is there") == 5
+    os.utime(workspace / "study/runs/all/seed-1/hf/model.safetensors")  # as if it had been trained again
+    with pytest.raises(AssertionError, match="made again"):
+        main([str(path)])
     changed = write_study(workspace, overrides=["training.steps=2"])
     with pytest.raises(UserError, match="was made by another recipe"):
         main([str(changed)])
