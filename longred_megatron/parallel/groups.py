@@ -1,5 +1,6 @@
 """Process groups: started once here, handed to everything else as an argument."""
 
+import gc
 import math
 import os
 import platform
@@ -96,3 +97,5 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # A model and its optimizer refer to each other and to their groups, whose gloo threads poll until they are gone.
+    gc.collect()

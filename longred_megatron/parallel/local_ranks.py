@@ -1,5 +1,6 @@
 """The ranks of a small world as processes of this machine: by torchrun, or without it for rehearsals and tests."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -92,6 +93,7 @@ def run_ranks(function: Callable[..., None], num_ranks: int, *arguments: Any) ->
 def _rank(rank: int, num_ranks: int, folder: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork stays: no collection has to look through it
 
     def join(name: str) -> None:
         store = torch.distributed.FileStore(str(folder / name), num_ranks)
