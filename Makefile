@@ -11,7 +11,7 @@ SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh tests/docker/*.sh tools/*.sh too
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
-setup: ## .venv in this folder with everything in it (first time: 3-5 minutes, 6 GB)
+setup: ## .venv in this folder with everything in it (first time: about 5 minutes, 6 GB)
 	@sh tools/setup.sh
 
 test: setup ## every test

@@ -27,7 +27,7 @@ unfinished() {
     exit 1
 }
 
-say "installing into $root/.venv: the first time 3-5 minutes and 6 GB, most of it PyTorch."
+say "installing into $root/.venv: the first time about 5 minutes and 6 GB, most of it PyTorch."
 rm -f "$stamp"
 if ! venv_works; then
     base=$(sh tools/find_python.sh)
