@@ -1,14 +1,18 @@
 """The documents stay true: the files, make targets and flags they name exist."""
 
+import contextlib
 import functools
+import importlib
+import io
 import json
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
@@ -78,21 +82,17 @@ def unknown_arguments(call: list[str], help_of: Callable[..., str]) -> list[str]
 
 @functools.cache
 def help_text(*command: str) -> str:
-    """What `tool [sub-command] --help` prints."""
+    """What `tool [sub-command] --help` prints; in this process, so that imports are paid for once."""
     tool, *subcommand = command
-    program = [tool] if tool.endswith(".py") else ["-m", tool]
-    shown = subprocess.run(
-        [sys.executable, *program, *subcommand, "--help"],
-        cwd=ROOT,
-        # Wide, so that argparse does not break a line inside the list of sub-commands.
-        env=os.environ | {"COLUMNS": "1000"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert shown.returncode == 0, f"{' '.join(command)} --help fails:\n{shown.stderr}"
-    return shown.stdout
+    printed = io.StringIO()
+    words = mock.patch.object(sys, "argv", [tool, *subcommand, "--help"])
+    # Wide, so that argparse does not break a line inside the list of sub-commands.
+    wide = mock.patch.dict(os.environ, COLUMNS="1000")
+    with words, wide, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        module = runpy.run_path(str(ROOT / tool)) if tool.endswith(".py") else vars(importlib.import_module(tool))
+        module["main"]()
+    assert ended.value.code == 0, f"{' '.join(command)} --help fails"
+    return printed.getvalue()
 
 
 def documented_calls() -> dict[str, list[tuple[str, list[str]]]]:

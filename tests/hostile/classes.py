@@ -33,7 +33,7 @@ CLASSES: dict[str, Callable[[], Iterator[Case]]] = {
     "mutations": mutations.cases,
 }
 
-QUICK_CASES = 50  # of a class, in the form that CI runs
+QUICK_CASES = 25  # of a class, in the form that CI runs
 
 
 def cases_of(name: str, quick: bool) -> list[Case]:

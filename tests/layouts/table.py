@@ -58,6 +58,7 @@ PACKED_RECIPES: dict[str, dict[str, Any]] = {
     "masked": {"objectives": ALONE | {"packed_distillation": PACKED | MASKED}},
     "mixed": {"objectives": {"packed_distillation": PACKED | {"sequence_length": 64, "direction": "reverse"}}},
 }
+STEPS = {"kinds": 1}  # a step has five times as many micro-batches as the others
 WHOLE = ("objectives.short_to_long.whole_sequences=true", "objectives.short_restoration.whole_sequences=true")
 WHOLE_PACKS = ("objectives.packed_distillation.whole_sequences=true",)
 FEW_LAYERS = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 2]")
@@ -200,7 +201,9 @@ def workspaces(folder: Path) -> dict[str, Path]:
 def cases(layouts: Iterable[Layout], recipes: Mapping[str, Path]) -> list[Case]:
     """What to run for the layouts, each one once."""
     return [
-        Case(name, each.world, recipes[each.model], each.overrides, each.sabotage)
+        Case(
+            name, each.world, recipes[each.model], each.overrides, each.sabotage, range(1, 1 + STEPS.get(each.model, 2))
+        )
         for name, each in {layout.name: layout for layout in layouts}.items()
     ]
 
