@@ -53,7 +53,7 @@ def assert_same(run: Any) -> None:
     microbatches = run.data.step(1, 0, 1)
     expected_loss, expected = step_loss(run, microbatches)
     loss = total_loss(microbatches, run.train_step.forward_backward(microbatches)[0])
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-7)  # divergences are sums of cancelling terms
     for name, gradient in megatron_gradients(run).items():
         wanted = expected.get(name, torch.zeros_like(gradient))
         # Relative to the tensor's norm: single elements near zero are sums of cancelling terms.
