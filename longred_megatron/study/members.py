@@ -43,19 +43,24 @@ class Trained(Member):
 
     def check(self) -> None:
         """Raises UserError when its recipe is not sound, or it was made by another one."""
-        recipe, record = dump_recipe(load_recipe(self.recipe, self.overrides)), self._record
+        try:
+            recipe, record = dump_recipe(load_recipe(self.recipe, self.overrides)), self._record
+        except UserError as error:
+            raise UserError(
+                *(f"`runs.{self.row}` with the study's overrides: {each}" for each in error.problems)
+            ) from None
         if self.exists() and not (record.is_file() and record.read_text(encoding="utf-8") == recipe):
             raise UserError(
                 f"{self.hf.parent}: was made by another recipe than {self.recipe.name} with the study's overrides is "
                 f"now (compare {record}); remove the folder, or give the study another `dir`"
             )
 
-    def make(self, launch: str | None) -> None:
+    def make(self, launch: Sequence[str] | None) -> None:
         """Trains it, by the words `launch`, or on this machine. A run that was stopped goes on."""
         write_text(self._record, dump_recipe(load_recipe(self.recipe, self.overrides)))
         words = training_command(self.recipe, NUM_LOCAL_RANKS)
         if launch is not None:
-            words = [*shlex.split(launch), "-m", "longred_megatron.train", str(self.recipe)]
+            words = [*launch, "-m", "longred_megatron.train", str(self.recipe)]
         run_to_end([*words, *self.overrides])
 
     @property
@@ -88,7 +93,7 @@ class Merged(Member):
                     f"{self.hf}: is another merge than the study's; remove it, or give the study another `dir`"
                 )
 
-    def make(self, launch: str | None) -> None:
+    def make(self, launch: Sequence[str] | None) -> None:
         """Merges it, in this process."""
         for merged in merge(self.original, self.extended, self.hf, self.method, [self.weight]):
             print(merged.summary(), flush=True)
@@ -107,7 +112,7 @@ def members(study: StudyFile) -> list[Trained | Merged]:
     return found
 
 
-def make(wanted: Sequence[Trained | Merged], launch: str | None) -> None:
+def make(wanted: Sequence[Trained | Merged], launch: Sequence[str] | None) -> None:
     """Makes what is not there yet, one after another; all recipes are checked before."""
     for member in wanted:
         member.check()

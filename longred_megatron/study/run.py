@@ -6,6 +6,8 @@ from string import Template
 from tqdm import tqdm
 
 from longred_megatron.errors import UserError, first_few
+from longred_megatron.evaluation.texts import text_source
+from longred_megatron.families import read_architecture
 from longred_megatron.study.measure import Measured, Measurer
 from longred_megatron.study.members import Merged, Trained
 from longred_megatron.study.report import write_report
@@ -29,6 +31,13 @@ def chosen(study: StudyFile, members: Sequence[Trained | Merged], only: Sequence
         if name in rows | needed:
             needed |= {each for text in study.runs[name].overrides for each in Template(text).get_identifiers()}
     return [member for member in members if member.row in rows | needed]
+
+
+def check_inputs(study: StudyFile) -> None:
+    """Raises UserError, before anything is made, when the original or the texts cannot be read."""
+    read_architecture(study.original)
+    for texts in (study.evaluation.short_texts, study.evaluation.long_texts):
+        text_source(texts)
 
 
 def measure_and_report(study: StudyFile, members: Sequence[Trained | Merged], command: str) -> str:

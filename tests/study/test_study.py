@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_from_the_file_to_the_page_and_again(
     workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_study(workspace)
-    main([str(path), "--only", "half", "taught"])
+    main([str(path), "--only", "half", "taught", "--launch", sys.executable])
     printed = capsys.readouterr().out
     results = json.loads((workspace / "study/report/results.json").read_text())
     assert {name: len(models) for name, models in results["rows"].items()} == {
