@@ -17,7 +17,7 @@ from longred_megatron.study.settings import load_study
 from tests.browser import look, needs_browser
 from tests.evaluation.conftest import byte_tokenizer, llama
 from tests.training.workspace import make_workspace
-from tools import analyze, evaluate, select_layers
+from tools import analyze, evaluate, plan, select_layers
 
 pytestmark = needs_browser
 STUDIES = {
@@ -47,6 +47,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     asked = ("--short-windows", "4", "--long-windows", "2", "--samples", "2", "--depths", "2")
     models = ("--hf", str(folder / "original"), str(folder / "extended"))
     evaluate.main([*models, *asked, "--output", str(folder / "evaluation")])
+    shape = ("precision.params=bf16", "parallel.pipeline=2", "--gpu", "h100-80gb", "--gpus", "2", "--search")
+    plan.main([str(recipe), *shape, "--output", str(folder / "plan")])
     pages = {path.parent.name: path for path in folder.glob("*/report.html")}
     pages["study"] = study_page(folder)
     sections = [
@@ -72,7 +74,7 @@ def study_page(folder: Path) -> Path:
     return folder / "toy/report/report.html"
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "doctor"])
+@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "plan", "doctor"])
 def test_a_page_can_be_read(name: str, pages: Mapping[str, Path], tmp_path: Path) -> None:
     by_day, by_night = (look(pages[name], tmp_path, dark) for dark in (False, True))
     assert by_day.paper > 0.8 and by_night.paper < 0.05

@@ -125,8 +125,9 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     from longred_megatron.evaluation.evaluate import evaluate, write_prompt_file
-    from longred_megatron.evaluation.report import PAGE, RESULTS, format_table
+    from longred_megatron.evaluation.report import format_table
     from longred_megatron.evaluation.settings import Settings
+    from longred_megatron.page import PAGE, RESULTS
 
     settings = Settings(
         short_texts=tuple(options.text if options.short_text is None else options.short_text),

@@ -18,7 +18,7 @@ EXAMPLES = """examples:
   # the recipe's own layout on eight H100
   python tools/plan.py recipes/llama3_8b_32k_longred_c.yaml --gpu h100-80gb --gpus 8
 
-  # another layout, with plan.json
+  # another layout, with plan.json and a page
   python tools/plan.py recipes/llama3_8b_32k_longred_c.yaml parallel.tensor=4 parallel.context=1 \\
       --gpu h100-80gb --gpus 16 --output plan
 
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu", required=True, metavar="NAME", help="h100-80gb, a100-80gb, ..., or FILE.yaml:NAME")
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run; with --search, left out: the fewest")
     parser.add_argument("--search", action="store_true", help="try other layouts, and show the fastest that fit")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty folder for plan.json, and layout.yaml")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="new or empty folder for plan.json, report.html, layout.yaml"
+    )
     options = parser.parse_intermixed_args(sys.argv[1:] if arguments is None else arguments)
     if options.gpus is None and not options.search:
         raise UserError("--gpus is missing: how many the run has; or add --search to find the fewest")

@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     from longred_megatron.analysis.layer_choice import NUM_TEXTS, layer_drift
     from longred_megatron.analysis.layer_study import KIND, layer_study, num_layers
     from longred_megatron.analysis.measure import ranks
-    from longred_megatron.evaluation.report import PAGE, check_output
+    from longred_megatron.evaluation.report import check_output
+    from longred_megatron.page import PAGE
     from longred_megatron.recipe import load_recipe, read_phases
 
     texts = NUM_TEXTS if options.texts is None else options.texts

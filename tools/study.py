@@ -2,12 +2,13 @@
 """Runs a study: recipes with changes and seeds, one after another; then measures and compares all models."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from longred_megatron.device import force_cpu
-from longred_megatron.errors import report_beside, run_cli
+from longred_megatron.errors import UserError, report_beside, run_cli
 
 EXAMPLES = """examples:
   # what would be run, and what is there already
@@ -42,12 +43,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder instead of the study's")
     parser.add_argument("--launch", metavar="WORDS", help='what starts a run, such as "torchrun --nproc-per-node 8"')
     options = parser.parse_args(words)
+    launch = None
     if options.launch is None:
         force_cpu()
-    from longred_megatron.evaluation.report import PAGE, check_output  # takes seconds
+    else:
+        try:
+            launch = shlex.split(options.launch)
+        except ValueError as error:
+            raise UserError(f"--launch {options.launch}: {error}; quote words as in a shell") from None
+        if not launch:
+            raise UserError('--launch is empty: give the words before `-m`, such as "torchrun --nproc-per-node 8"')
+    from longred_megatron.evaluation.report import check_output  # takes seconds
+    from longred_megatron.page import PAGE
     from longred_megatron.study.members import make, members
     from longred_megatron.study.report import KIND
-    from longred_megatron.study.run import chosen, measure_and_report
+    from longred_megatron.study.run import check_inputs, chosen, measure_and_report
     from longred_megatron.study.settings import load_study
 
     study = load_study(options.study, tuple(options.seeds) if options.seeds else None)
@@ -62,8 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     report_beside(study.dir)
     check_output(study.report_dir, KIND)
-    make(wanted, options.launch)
-    print(measure_and_report(study, wanted, f"python tools/study.py {' '.join(words)}"))
+    check_inputs(study)
+    make(wanted, launch)
+    print(measure_and_report(study, wanted, f"python tools/study.py {shlex.join(words)}"))
     print(f"The page: {study.report_dir / PAGE}")
 
 

@@ -10,9 +10,10 @@ from tqdm import tqdm
 from longred_megatron.analysis.inputs import Model, check_comparable, check_number, models_of, texts_of
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.measure import Drift, Ranks, Subject, measure_drift
-from longred_megatron.analysis.page import Plot, Study
+from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import grids, lines
 from longred_megatron.errors import UserError
+from longred_megatron.page import Plot
 
 KIND = "longred-megatron study of drift"
 

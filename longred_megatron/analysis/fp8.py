@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from longred_megatron.analysis.emulated_fp8 import Emulator
 from longred_megatron.analysis.measure import Ranks
-from longred_megatron.analysis.page import Plot, Study
+from longred_megatron.analysis.page import Study
 from longred_megatron.checkpoint.causal_model import load_causal_model
 from longred_megatron.data.sequences import IndexedSequences, check_tokens
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.models import CHUNK_TOKENS, head_is_plain, read_facts, resolve_device
-from longred_megatron.evaluation.plots import MARKERS, MODEL_COLOURS, STYLE, svg_of
 from longred_megatron.evaluation.report import check_output
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
 from longred_megatron.families import read_architecture
+from longred_megatron.page import MARKERS, MODEL_COLOURS, STYLE, Plot, svg_of
 from longred_megatron.precision import Scaling
 
 KIND = "longred-megatron study of emulated FP8"

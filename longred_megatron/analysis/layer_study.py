@@ -4,8 +4,9 @@ from typing import Any
 
 from longred_megatron.analysis.layer_choice import LayerDrift, rope_name
 from longred_megatron.analysis.measure import Drift
-from longred_megatron.analysis.page import Plot, Study
+from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import bars, grids, lines
+from longred_megatron.page import Plot
 from longred_megatron.recipe import Phase
 from longred_megatron.settings import Mark, marked_fields
 

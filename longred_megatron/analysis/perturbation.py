@@ -17,11 +17,12 @@ from tqdm import tqdm
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.inputs import check_number, models_of, texts_of
 from longred_megatron.analysis.measure import Ranks, Subject
-from longred_megatron.analysis.page import Plot, Study
+from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import lines
 from longred_megatron.analysis.walk import LayerValues, other_rotary
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.models import CHUNK_TOKENS
+from longred_megatron.page import Plot
 
 KIND = "longred-megatron study of perturbation"
 STATES = ("hidden", "query", "key", "value")

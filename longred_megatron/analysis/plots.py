@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from longred_megatron.analysis.page import Plot
-from longred_megatron.evaluation.plots import HEAT, INK, MARKERS, MODEL_COLOURS, STYLE, svg_of
+from longred_megatron.evaluation.plots import HEAT
+from longred_megatron.page import INK, MARKERS, MODEL_COLOURS, STYLE, Plot, svg_of
 
 # From -1 over 0 to 1, for cosines.
 SIGNED = LinearSegmentedColormap.from_list("signed", ["#a4480a", "#f2c894", "#f3ece2", "#7fb8a4", "#0b4a55"])

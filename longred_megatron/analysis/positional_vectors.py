@@ -15,9 +15,10 @@ from tqdm import tqdm
 from longred_megatron.analysis.inputs import Model, check_layers, check_number, models_of, texts_of
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.measure import Ranks, Subject
-from longred_megatron.analysis.page import Plot, Study
+from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import grids, lines
 from longred_megatron.errors import UserError
+from longred_megatron.page import Plot
 
 KIND = "longred-megatron study of positional vectors"
 REACH = 8  # points on each side of the border that are compared

@@ -8,8 +8,8 @@ from pathlib import Path
 import jinja2
 
 from longred_megatron.doctor.examination import Section, is_healthy, verdict
-from longred_megatron.evaluation.report import RESULTS
 from longred_megatron.files import write_text
+from longred_megatron.page import RESULTS
 from longred_megatron.recipe import Recipe, dump_recipe
 
 KIND = "longred-megatron examination by doctor"

@@ -22,9 +22,10 @@ from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
 from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.parallel.groups import initialize
+from longred_megatron.planning.flops import step_flops
+from longred_megatron.planning.memory import fullest_rank
+from longred_megatron.planning.plan import GIB
 from longred_megatron.recipe import Phase, Recipe, dump_recipe, load_recipe, read_phases
-from longred_megatron.recipe.summary import GIB, expected_memory
-from longred_megatron.training.flops import step_flops
 from longred_megatron.training.metrics import LossReducer, memory, peak_flops
 from longred_megatron.training.microbatches import MicroBatchSource
 from longred_megatron.training.run import build
@@ -33,7 +34,7 @@ from longred_megatron.training.small_copy import without_gpu, write_texts
 STEPS = 2  # the first one also compiles, allocates and connects
 LONGEST_SECONDS = {True: 180.0, False: 60.0}  # of both steps, on a GPU and on a CPU
 EFFICIENCY = 0.3  # of a step, in parts of the speed of a large product; less is rare
-# The summary's figure is rough and leaves out what kernels and the allocator take for a while.
+# The plan leaves out what kernels and the allocator take for a while.
 MEMORY_SLACK = 1.25
 CPU_OVERHEAD_BYTES = 2**30  # of a rank's libraries, beside the model
 BUILD_SECONDS = 120.0
@@ -43,8 +44,9 @@ NAME = "real widths"
 def check(patient: Patient) -> Iterator[Finding]:
     """The phase that takes most memory."""
     size = patient.team.size
-    phase = max(patient.phases, key=lambda each: expected_memory(each, size).total)
-    expected = expected_memory(phase, size).total
+    expected, phase = max(
+        ((fullest_rank(each, size, on_gpu()).peak.total, each) for each in patient.phases), key=lambda pair: pair[0]
+    )
     machines = patient.team.run(describe, patient.recipe.precision.params, seconds=BUILD_SECONDS)
     if why := _too_large(phase, expected, machines, patient.team.hosts):
         yield not_tried(NAME, why)

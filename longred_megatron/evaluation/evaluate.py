@@ -35,6 +35,7 @@ from longred_megatron.evaluation.texts import (
     text_source,
 )
 from longred_megatron.files import write_text
+from longred_megatron.page import PAGE, RESULTS
 
 # Enough to fill a GPU; on a CPU, few enough for activations to stay in its caches (a fifth faster than 8192).
 TOKENS_PER_BATCH = {"cuda": 16384, "cpu": 2048}
@@ -75,8 +76,8 @@ def evaluate(
         seconds=time.perf_counter() - started,
     )
     show(finished)
-    write_text(output / report.PAGE, page.render(finished))
-    write_text(output / report.RESULTS, finished.to_json())
+    write_text(output / PAGE, page.render(finished))
+    write_text(output / RESULTS, finished.to_json())
     return finished
 
 

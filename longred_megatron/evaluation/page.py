@@ -5,13 +5,7 @@ from pathlib import Path
 import jinja2
 
 from longred_megatron.evaluation import plots
-from longred_megatron.evaluation.report import (
-    ModelReport,
-    Report,
-    all_notes,
-    summary,
-    tables,
-)
+from longred_megatron.evaluation.report import ModelReport, Report, all_notes, summary, tables
 from longred_megatron.evaluation.step_plots import steps_figure
 from longred_megatron.evaluation.table import number, percent, percent_change
 

@@ -1,7 +1,5 @@
-"""The figures of the page: matplotlib SVG to put inside HTML, in the page's light or dark colours."""
+"""The figures of the report."""
 
-import io
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,42 +14,11 @@ from longred_megatron.evaluation.intervals import Interval
 from longred_megatron.evaluation.perplexity import LossByPosition, LossDifference
 from longred_megatron.evaluation.report import ModelReport, Report
 from longred_megatron.evaluation.tasks.results import TaskResult
+from longred_megatron.page import INK, MARKERS, MODEL_COLOURS, REFERENCE_COLOUR, STYLE, VARIABLES, svg_of
 
-# Stand-ins that `svg_of` turns into CSS variables: matplotlib has to be given some colour, and the page
-# decides which.
-INK, FAINT = "#010101", "#020202"
-MODEL_COLOURS = ("#0a0001", "#0a0002", "#0a0003", "#0a0004", "#0a0005", "#0a0006", "#0a0007", "#0a0008")
-REFERENCE_COLOUR = "#0a0000"
-VARIABLES = {INK: "--ink", FAINT: "--faint", REFERENCE_COLOUR: "--m0"} | {
-    colour: f"--m{index}" for index, colour in enumerate(MODEL_COLOURS, start=1)
-}
-MARKERS = "osD^vPX*"
 MOST_COLUMNS = 3  # panels in a row of a figure
 # From "nothing found" to "all found": light to dark of one hue, so it reads in grey too.
 HEAT = LinearSegmentedColormap.from_list("heat", ["#f3ece2", "#f2c894", "#7fb8a4", "#1f7a78", "#0b4a55"])
-STYLE = {
-    "font.size": 10.5,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.edgecolor": FAINT,
-    "grid.color": FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.8,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "svg.fonttype": "none",
-}
 
 
 def model_styles(report: Report) -> dict[str, tuple[str, str]]:
@@ -246,29 +213,3 @@ def _mark_original_window(axes: Axes, report: Report) -> None:
         fontsize=9,
         va="bottom",
     )
-
-
-def svg_of(figure: Figure, prefix: str) -> str:
-    """The figure as an <svg> element for an HTML page: own ids, colours as CSS variables, no address of
-    anything outside."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": prefix}):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = (
-        svg.replace(' id="', f' id="{prefix}-')
-        .replace('href="#', f'href="#{prefix}-')
-        .replace("url(#", f"url(#{prefix}-")
-    )
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()

@@ -18,9 +18,9 @@ from longred_megatron.evaluation.similarity import LayerSimilarity
 from longred_megatron.evaluation.table import Cell, Column, Table, aligned, between, number, percent, percent_change
 from longred_megatron.evaluation.tasks.results import LengthScore, TaskResult
 from longred_megatron.files import try_output
+from longred_megatron.page import RESULTS
 
 KIND = "longred_megatron.evaluation"
-RESULTS, PAGE = "results.json", "report.html"
 
 
 @dataclass(frozen=True)

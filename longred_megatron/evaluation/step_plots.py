@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from longred_megatron.evaluation.intervals import Interval
-from longred_megatron.evaluation.plots import REFERENCE_COLOUR, STYLE, draw_band, line_of, panels, svg_of
+from longred_megatron.evaluation.plots import draw_band, line_of, panels
 from longred_megatron.evaluation.report import ModelReport, Report
+from longred_megatron.page import REFERENCE_COLOUR, STYLE, svg_of
 
 
 @dataclass(frozen=True)

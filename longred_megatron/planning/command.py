@@ -6,6 +6,7 @@ from pathlib import Path
 
 from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_folder, try_output, write_text
+from longred_megatron.page import PAGE
 from longred_megatron.planning import search
 from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.plan import PhasePlan, plan_phase, report, to_json
@@ -16,7 +17,7 @@ MOST_GPUS = 4096
 
 
 def plan_run(recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: int, output: Path | None) -> str:
-    """The report of the recipe's own layout; with `output`, plan.json in a new folder.
+    """The report of the recipe's own layout; with `output`, plan.json and the page in a new folder.
 
     Raises:
         UserError: as `load_recipe`, `read_phases`, `read_gpu`, `check_phases`; the folder is in use.
@@ -27,15 +28,16 @@ def plan_run(recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: in
         raise UserError(*problems)
     _check(output)
     plans = [plan_phase(phase, num_gpus, gpu) for phase in phases]
-    _write(output, plans, None)
+    if output is not None:
+        _write(output, plans)
     return report(plans)
 
 
 def search_layouts(
     recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: int | None, output: Path | None
 ) -> str:
-    """The fastest layouts on so many GPUs; None: on the fewest that one fits. With `output`, the first one's plan.json
-    and layout.yaml in a new folder.
+    """The fastest layouts on so many GPUs; None: on the fewest that one fits. With `output`, the first one's
+    plan.json, layout.yaml and a page in a new folder.
 
     Raises:
         UserError: as `plan_run`; no layout fits.
@@ -48,7 +50,8 @@ def search_layouts(
     if not found.fitting:
         raise UserError(shown)
     first = found.fitting[0]
-    _write(output, first.plans, search.settings_of(first))
+    if output is not None:
+        _write(output, first.plans, found)
     return shown + "\n\n" + report(first.plans)
 
 
@@ -60,10 +63,11 @@ def _check(output: Path | None) -> None:
     try_output(output, "--output")
 
 
-def _write(output: Path | None, plans: Sequence[PhasePlan], settings: str | None) -> None:
-    if output is None:
-        return
+def _write(output: Path, plans: Sequence[PhasePlan], found: search.Outcome | None = None) -> None:
+    from longred_megatron.planning.page import page  # matplotlib and torch, which no other part needs
+
     with appearing_folder(output) as partial:
         write_text(partial / PLAN, json.dumps(to_json(plans), indent=1))
-        if settings is not None:
-            write_text(partial / SETTINGS, settings)
+        write_text(partial / PAGE, page(plans, found))
+        if found is not None:
+            write_text(partial / SETTINGS, search.settings_of(found.fitting[0]))

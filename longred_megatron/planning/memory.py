@@ -7,12 +7,23 @@ from typing import NamedTuple
 
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Objective, Site, Tap
-from longred_megatron.planning.operations import Cost, Implementation, Operation, Tokens, Widths, cost
+from longred_megatron.planning.operations import (
+    FUSED,
+    PLAIN,
+    Cost,
+    Implementation,
+    Operation,
+    Tokens,
+    Widths,
+    cost,
+    recomputed,
+    without_graph,
+)
+from longred_megatron.planning.order import replica_orders
 from longred_megatron.planning.parameters import ChunkModel, buffer_elements, elements, stage_chunks
 from longred_megatron.planning.schedule import stage_passes
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
-from longred_megatron.training.order import microbatch_order, replica_indices
 
 Bytes = dict[str, float]
 
@@ -48,6 +59,25 @@ class ChunkCost(NamedTuple):
     kept: float
     forward: float
     backward: float
+
+
+def fullest_rank(phase: Phase, world_size: int, gpu: bool) -> RankMemory:
+    """The memory of the pipeline stage that needs most, of ranks on GPUs or on CPUs."""
+    stages = range(phase.recipe.parallel.pipeline)
+    found = (StageMemory(phase, world_size, stage, FUSED if gpu else PLAIN).memory() for stage in stages)
+    return max(found, key=lambda each: each.peak.total)
+
+
+def checkpoint_bytes(phase: Phase, world_size: int) -> float:
+    """What the fullest rank writes of a checkpoint: (b * N + 12 * trained N) / (dp * cp).
+
+    b: bytes of a number. N: of the fullest stage. 12: an fp32 copy of each trained parameter, whatever its own type,
+    and Adam's two moments.
+    """
+    p, precision, trainable = phase.recipe.parallel, phase.recipe.precision, phase.recipe.training.trainable
+    stages = [stage_chunks(phase.source, p, stage) for stage in range(p.pipeline)]
+    whole = max(precision.number_bytes * elements(own) + 12 * elements(own, trainable) for own in stages)
+    return whole / (world_size // (p.tensor * p.pipeline))
 
 
 class StageMemory:
@@ -87,13 +117,17 @@ class StageMemory:
             "teacher": self.size * teachers,
         }
 
-    def _memory(self, replica: int = 0) -> RankMemory:
-        """Of a rank of one data-parallel replica."""
+    @cached_property
+    def orders(self) -> list[tuple[str, ...]]:
+        """The objectives of a step's micro-batches, of each different data-parallel replica."""
+        counts = {name: objective.microbatches for name, objective in self.phase.recipe.objectives.items()}
+        return replica_orders(counts, self.phase.needs, self.replicas)
+
+    def _memory(self) -> RankMemory:
+        """Of a rank of the replica that needs most."""
         resident = self.resident
-        order = microbatch_order({n: o.microbatches for n, o in self.phase.recipe.objectives.items()}, self.phase.needs)
-        own = [order[i] for i in replica_indices(len(order), replica, self.replicas)]
-        peaks = [self._passes_peak(own, resident), self._optimizer_peak(resident)]
-        return RankMemory(self.stage, resident, tuple(peaks))
+        passes = max((self._passes_peak(own, resident) for own in self.orders), key=lambda peak: peak.total)
+        return RankMemory(self.stage, resident, (passes, self._optimizer_peak(resident)))
 
     # The forward and backward passes.
 
@@ -147,7 +181,7 @@ class StageMemory:
         tokens = self._tokens(self.phase.recipe.objectives[name], site)
         operations = self.how.layer(_widths(site.teacher, self.parallel.tensor), tokens, self.size)
         return (
-            _without_graph(operations)
+            without_graph(operations)
             + tokens.own * site.teacher.hidden_size * self.size
             + self._table(tokens, site.teacher)
         )
@@ -218,7 +252,7 @@ class StageMemory:
         copied = recompute != "full" and not self._states_kept
         received = state if not chunk.first and copied else 0.0
         yield Cost(kept_table + received, table + state, 0.0)
-        layer = _recomputed(operations, state, recompute, self._states_kept)
+        layer = recomputed(operations, state, recompute, self._states_kept)
         taps = [tap for tap in needs.pairs if tap.layer in chunk.layers]
         for number in chunk.layers:
             # The loss's backward pass comes first: gradients of its values wait for their layers'.
@@ -291,31 +325,6 @@ class StageMemory:
             "the optimizer's step",
             resident | {"optimizer temporaries": 4 * self.how.optimizer_copies * share, "buffers": self._buffers()},
         )
-
-
-def _recomputed(operations: Sequence[Operation], state: float, recompute: str, state_kept: bool) -> Cost:
-    """One layer. state: bytes of its input, which the first norm keeps itself (state_kept) or as a copy."""
-    whole = cost(operations, held=state)
-    if recompute == "full":
-        return Cost(state, state + _without_graph(operations), whole.backward + (0.0 if state_kept else state))
-    if recompute == "selective":
-        kept = sum(op.kept for op in operations if op.part != "mlp")
-        mlp = [op for op in operations if op.part == "mlp"]
-        return Cost(
-            kept,
-            kept + _without_graph(mlp),
-            max(kept + cost(mlp, held=state).backward, whole.backward - sum(op.kept for op in mlp)),
-        )
-    return whole
-
-
-def _without_graph(operations: Sequence[Operation]) -> float:
-    """The most while they run and nothing is kept: an operation's input, its own, its output."""
-    most, below = 0.0, 0.0
-    for each in operations:
-        most = max(most, below + max(each.kept, each.output) + each.forward)
-        below = each.output
-    return most
 
 
 def _widths(model: Architecture, tensor: int) -> Widths:

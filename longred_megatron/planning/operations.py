@@ -45,6 +45,31 @@ def cost(operations: Sequence[Operation], held: float = 0.0) -> Cost:
     return Cost(kept, forward, backward)
 
 
+def recomputed(operations: Sequence[Operation], state: float, recompute: str, state_kept: bool) -> Cost:
+    """One layer. state: bytes of its input, which the first norm keeps itself (state_kept) or as a copy."""
+    whole = cost(operations, held=state)
+    if recompute == "full":
+        return Cost(state, state + without_graph(operations), whole.backward + (0.0 if state_kept else state))
+    if recompute == "selective":
+        kept = sum(op.kept for op in operations if op.part != "mlp")
+        mlp = [op for op in operations if op.part == "mlp"]
+        return Cost(
+            kept,
+            kept + without_graph(mlp),
+            max(kept + cost(mlp, held=state).backward, whole.backward - sum(op.kept for op in mlp)),
+        )
+    return whole
+
+
+def without_graph(operations: Sequence[Operation]) -> float:
+    """The most while they run and nothing is kept: an operation's input, its own, its output."""
+    most, below = 0.0, 0.0
+    for each in operations:
+        most = max(most, below + max(each.kept, each.output) + each.forward)
+        below = each.output
+    return most
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Of one micro-batch on one rank.

@@ -4,16 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from longred_megatron.planning.flops import step_flops
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import RankMemory, StageMemory
 from longred_megatron.planning.operations import FUSED
 from longred_megatron.planning.simulation import Timed, simulate
 from longred_megatron.planning.timing import StageTime
 from longred_megatron.recipe import Phase
-from longred_megatron.training.flops import step_flops
-from longred_megatron.training.order import microbatch_order, replica_indices
 
 GIB = 2**30
 AXES = ("tensor", "context", "pipeline", "data")
@@ -78,48 +77,60 @@ def stage_memories(phase: Phase, world_size: int) -> list[StageMemory]:
 
 
 def plan_stages(stages: Sequence[StageMemory], world_size: int, gpu: Gpu) -> PhasePlan:
-    """The plan of the phase whose `stage_memories` these are."""
+    """The plan of the phase whose `stage_memories` these are. All replicas wait for the slowest."""
     phase = stages[0].phase
-    p, recipe = phase.recipe.parallel, phase.recipe
     times = [StageTime(phase, world_size, stage, gpu) for stage in stages]
-    order = microbatch_order({n: o.microbatches for n, o in recipe.objectives.items()}, phase.needs)
-    own = [order[i] for i in replica_indices(len(order), 0, stages[0].replicas)]
-    message = times[0].message_bytes() / times[0].link("pipeline") if p.pipeline > 1 else 0.0
-    timeline = simulate(
-        p.pipeline,
-        p.virtual_pipeline or 1,
-        len(own),
-        lambda stage, each: sum(times[stage].chunk_time(each.chunk, own[each.microbatch])[each.backward].values()),
-        message,
-    )
-    passes = max(each[-1].end for each in timeline)
-    teachers = _teacher_seconds(times, own) if p.pipeline > 1 else 0.0
-    ends = [time.end_seconds() for time in times]
-    end = max(ends, key=lambda each: sum(each.values()))
-    parts = _busiest(times, timeline, own)
-    parts["pipeline bubble and messages"] = passes - sum(parts.values())
-    parts |= {"teacher": parts.get("teacher", 0.0) + teachers, **end}
-    total = passes + teachers + sum(end.values())
+    passes = max((_passes(times, own) for own in stages[0].orders), key=lambda each: each.seconds)
+    end = max((time.end_seconds() for time in times), key=lambda each: sum(each.values()))
+    parts = _busiest(times, passes)
+    parts["pipeline bubble and messages"] = passes.seconds - passes.teachers - sum(parts.values())
+    parts |= {"teacher": parts.get("teacher", 0.0) + passes.teachers, **end}
+    sent = [_communication(times, own) for own in stages[0].orders]
     return PhasePlan(
         phase,
         world_size,
         gpu,
         [stage.memory() for stage in stages],
-        total,
+        passes.seconds + sum(end.values()),
         {part: seconds for part, seconds in parts.items() if seconds > 0},
-        _communication(times, own),
-        timeline,
-        own,
+        {axis: max(each[axis] for each in sent) for axis in AXES},
+        passes.timeline,
+        passes.order,
     )
 
 
-def _busiest(times: Sequence[StageTime], timeline: Sequence[Sequence[Timed]], own: Sequence[str]) -> dict[str, float]:
+class _Passes(NamedTuple):
+    """A replica's forward and backward passes. order: the objectives of its micro-batches. teachers: seconds of the
+    teachers' pass before the timeline, which is 0 where they run inside of it."""
+
+    order: Sequence[str]
+    timeline: Sequence[Sequence[Timed]]
+    teachers: float
+
+    @property
+    def seconds(self) -> float:
+        return self.teachers + max(stage[-1].end for stage in self.timeline)
+
+
+def _passes(times: Sequence[StageTime], own: Sequence[str]) -> _Passes:
+    p = times[0].phase.recipe.parallel
+    timeline = simulate(
+        p.pipeline,
+        p.virtual_pipeline or 1,
+        len(own),
+        lambda stage, each: sum(times[stage].chunk_time(each.chunk, own[each.microbatch])[each.backward].values()),
+        times[0].message_bytes() / times[0].link("pipeline") if p.pipeline > 1 else 0.0,
+    )
+    return _Passes(own, timeline, _teacher_seconds(times, own) if p.pipeline > 1 else 0.0)
+
+
+def _busiest(times: Sequence[StageTime], passes: _Passes) -> dict[str, float]:
     """Seconds by part of the stage that works longest."""
-    works = [sum(each.end - each.start for each in stage) for stage in timeline]
+    works = [sum(each.end - each.start for each in stage) for stage in passes.timeline]
     stage = works.index(max(works))
     parts: Counter[str] = Counter()
-    for what, _, _ in timeline[stage]:
-        parts.update(times[stage].chunk_time(what.chunk, own[what.microbatch])[what.backward])
+    for what, _, _ in passes.timeline[stage]:
+        parts.update(times[stage].chunk_time(what.chunk, passes.order[what.microbatch])[what.backward])
     return dict(parts)
 
 
@@ -215,23 +226,31 @@ def _rounded(values: Mapping[str, float]) -> dict[str, int]:
     return {name: math.ceil(value) for name, value in values.items()}
 
 
-def report(plans: Sequence[PhasePlan]) -> str:
-    """What one glance should say, then the parts."""
+def verdict(plans: Sequence[PhasePlan]) -> list[str]:
+    """What one glance should say, a line each."""
     plan = max(plans, key=lambda each: each.needed_bytes)
-    peak, content = plan.fullest.peak, to_json(plans)
-    verdict = "fits" if content["fits"] else "does not fit"
-    parts = sorted(plan.seconds_by_part.items(), key=lambda item: -item[1])
+    content = to_json(plans)
+    part, seconds = max(plan.seconds_by_part.items(), key=lambda item: item[1])
     lines = [
-        f"{verdict}: {plan.needed_bytes / GIB:.1f} of {plan.gpu.memory_bytes / GIB:.1f} GiB on the fullest rank "
-        f"(stage {plan.fullest.stage}, {peak.moment})",
+        f"{'fits' if content['fits'] else 'does not fit'}: {plan.needed_bytes / GIB:.1f} of "
+        f"{plan.gpu.memory_bytes / GIB:.1f} GiB on the fullest rank (stage {plan.fullest.stage}, "
+        f"{plan.fullest.peak.moment})",
         f"takes {content['hours']:.1f} hours: {plan.phase.recipe.training.steps:,} steps of {plan.step_seconds:.2f} s, "
         f"{plan.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, {plan.model_flops_utilization:.0%} of the peak FLOPs",
-        f"limited by {parts[0][0]}: {parts[0][1] / plan.step_seconds:.0%} of a step",
+        f"limited by {part}: {seconds / plan.step_seconds:.0%} of a step",
     ]
     if content["dollars"] is not None:
         lines.append(f"costs {content['dollars']:,.0f} dollars")
     if len(plans) > 1:
         lines += [f"phase {p.phase.number}: {p.hours:.1f} hours, {p.needed_bytes / GIB:.1f} GiB" for p in plans]
+    return lines
+
+
+def report(plans: Sequence[PhasePlan]) -> str:
+    """The verdict, then the parts."""
+    plan = max(plans, key=lambda each: each.needed_bytes)
+    parts = sorted(plan.seconds_by_part.items(), key=lambda item: -item[1])
+    lines = verdict(plans)
     lines.append("memory of a rank, GiB by stage")
     names = list(dict.fromkeys(name for each in plan.memory for name in each.peak.parts if each.peak.parts[name] > 0))
     for name in names:

@@ -7,9 +7,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from longred_megatron.analysis.page import Plot, Study
-from longred_megatron.evaluation.plots import INK, MODEL_COLOURS, STYLE, svg_of
+from longred_megatron.analysis.page import Study
 from longred_megatron.files import write_text
+from longred_megatron.page import INK, MODEL_COLOURS, STYLE, Plot, svg_of
 from longred_megatron.study.estimates import Estimate
 from longred_megatron.study.results import Rows, Verdict, changes, markdown, table, verdict_table
 from longred_megatron.study.settings import StudyFile

@@ -19,8 +19,8 @@ from longred_megatron.data.sequences import SequenceSource
 from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_whole, save_tensors
 from longred_megatron.objectives.base import Batch, Objective
+from longred_megatron.planning.order import microbatch_order, replica_indices
 from longred_megatron.recipe import Phase
-from longred_megatron.training.order import microbatch_order, replica_indices
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from transformers.utils.logging import disable_progress_bar
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
-from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, load_recipe, phases_summary, read_phases
+from longred_megatron.planning.summary import phases_summary
+from longred_megatron.recipe import Phase, Recipe, check_phases, dump_recipe, load_recipe, read_phases
 from longred_megatron.recipe.auto_layers import auto_counts
 from longred_megatron.training.metrics import memory
 from longred_megatron.training.microbatches import open_data
@@ -60,7 +61,7 @@ def rehearse(recipe: Recipe) -> None:
         print("".join(f"  {change}\n" for change in rehearsal.changes))
         small = rehearsal.recipe
         phases = read_phases(small)
-        print(phases_summary(phases, rehearsal.num_ranks), flush=True)
+        print(phases_summary(phases, rehearsal.num_ranks, gpu=False), flush=True)
         path = folder / "recipe.yaml"
         path.write_text(dump_recipe(small), encoding="utf-8")
         try:

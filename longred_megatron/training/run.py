@@ -24,13 +24,13 @@ from longred_megatron.files import write_text
 from longred_megatron.model import userbuffers
 from longred_megatron.model.chunk import ModelChunk, build_chunks, padded_vocab_size
 from longred_megatron.model.fp8 import forget_models
+from longred_megatron.planning.flops import step_flops
+from longred_megatron.planning.order import last_reach_all, microbatch_order
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
-from longred_megatron.training.flops import step_flops
 from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters, train_only
-from longred_megatron.training.order import last_reach_all, microbatch_order
 from longred_megatron.training.saver import CheckpointSaver
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from longred_megatron.planning.memory import checkpoint_bytes
 from longred_megatron.recipe import load_recipe, read_phases
-from longred_megatron.recipe.summary import checkpoint_bytes
 from tests.layouts.ranks import Case, run_all
 from tests.layouts.table import CHANGES, MODELS, SIZES
 from tests.layouts.test_resharding import saved_tensors

@@ -220,15 +220,15 @@ class Compared:
 
 
 def compare(cases: Sequence[Case], recipes: Mapping[str, Path], found: Mapping[str, Any]) -> Iterator[Compared]:
-    """The first replica's last context rank of every stage, which has the longest rows of attention."""
+    """The fullest rank of every stage, of the last context ranks, which have the longest rows of attention."""
     for case in cases:
         [phase] = read_phases(load_recipe(recipes[case.recipe], case.overrides))
         last = phase.recipe.parallel.context - 1
-        ranks = {r["pipeline"]: r for r in found[case.name] if r["data"] == 0 and r["context"] == last}
-        for stage, rank in sorted(ranks.items()):
+        for stage in range(phase.recipe.parallel.pipeline):
             memory = StageMemory(phase, case.world, stage, PLAIN).memory()
-            moments = {name: _in_parts(parts) for name, parts in rank["moments"].items()}
-            measured = max(moments.values(), key=lambda parts: sum(parts.values()))
+            ranks = [r for r in found[case.name] if (r["pipeline"], r["context"]) == (stage, last)]
+            moments = [_in_parts(parts) for rank in ranks for parts in rank["moments"].values()]
+            measured = max(moments, key=lambda parts: sum(parts.values()))
             yield Compared(case.name, stage, measured, _in_parts(memory.peak.parts))
 
 

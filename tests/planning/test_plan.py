@@ -9,6 +9,8 @@ from transformers import LlamaConfig
 
 from longred_megatron.errors import UserError
 from longred_megatron.planning.gpus import KNOWN, read_gpu
+from longred_megatron.planning.plan import PhasePlan, plan_phase
+from longred_megatron.recipe import load_recipe, read_phases
 from tests.training.workspace import make_workspace
 from tools import plan
 
@@ -20,6 +22,7 @@ PUBLISHED_HOURS = {
     "llama3_8b_128k_longred_c": 33.4,
     "llama3_8b_128k_long_cpt": 42.8,
 }
+ORDER = ("long_text", "short_to_long", "short_restoration")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,36 @@ def test_weights_and_states_by_hand(llama: Path, tmp_path: Path) -> None:
     assert rank["weights"] == pytest.approx(2 * elements, rel=1e-6)
     assert rank["gradients"] == pytest.approx(4 * elements, rel=1e-6)
     assert rank["optimizer"] == pytest.approx(12 * elements / 2, rel=1e-6)  # over two context ranks
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_all_wait_for_the_slowest_replica(pipeline: int, llama: Path) -> None:
+    """16 replicas with a micro-batch each: the slowest objective decides about time, the largest about memory."""
+    overrides = [f"model.hf={llama}", "parallel.tensor=4", f"parallel.pipeline={pipeline}", "parallel.context=1"]
+
+    def planned(*more: str) -> PhasePlan:
+        [phase] = read_phases(load_recipe(RECIPES / "llama3_8b_32k_longred_c.yaml", [*overrides, *more]))
+        return plan_phase(phase, 64 * pipeline, read_gpu("h100-80gb"))
+
+    mixed = planned()
+    alone = {
+        name: planned(
+            *(f"objectives.{other}=null" for other in ORDER if other != name), f"objectives.{name}.microbatches=16"
+        )
+        for name in ORDER
+    }
+    slowest = max(alone, key=lambda name: alone[name].step_seconds)
+    assert mixed.order == (slowest,)
+    assert mixed.step_seconds == pytest.approx(alone[slowest].step_seconds)
+    assert mixed.step_seconds > 1.1 * min(each.step_seconds for each in alone.values())
+    activations = [each.fullest.peak.parts["activations"] for each in alone.values()]
+    assert mixed.fullest.peak.parts["activations"] == max(activations)
+
+
+def test_the_page(llama: Path, tmp_path: Path) -> None:
+    planned(llama, tmp_path / "plan", "llama3_8b_32k_longred_c", "--gpu", "h100-80gb", "--gpus", "16")
+    page = (tmp_path / "plan/report.html").read_text()
+    assert page.count("<svg") == 2 and "fits: " in page and "long_text" in page and "stage 1" in page
 
 
 def test_the_recipe_s_comment_is_true(llama: Path, tmp_path: Path) -> None:

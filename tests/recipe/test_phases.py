@@ -9,13 +9,13 @@ import pytest
 
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
+from longred_megatron.planning.summary import phases_summary
 from longred_megatron.recipe import (
     Recipe,
     check_phases,
     dump_recipe,
     load_recipe,
     phases_of,
-    phases_summary,
     read_phases,
 )
 from longred_megatron.recipe import phases as phases_module
@@ -250,7 +250,7 @@ def test_only_teachers_that_an_objective_compares_with_are_read(
 
 
 def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], config: dict[str, Architecture]) -> None:
-    text = phases_summary(read_phases(read([ABF, PI], *ONLY_LONG_TEXT)), 1)
+    text = phases_summary(read_phases(read([ABF, PI], *ONLY_LONG_TEXT)), 1, gpu=True)
     starts = [line.split("  ")[0] for line in text.splitlines()]
     for once in ("world", "parameters", "not computed", "phase 1", "phase 2"):
         assert starts.count(once) == 1, (once, text)
@@ -258,7 +258,7 @@ def test_the_summary_says_what_is_shared_once(read: Callable[..., Recipe], confi
     assert "theta 1e+06" in text and "8,192 -> 65,536 tokens, rope pi" in text
     assert text.splitlines()[-1].endswith(f"{612 * 8 * 65536:,} in 612 steps")
     [whole] = read_phases(read(None, *ONLY_LONG_TEXT))
-    assert "phase" not in phases_summary([whole], 1)
+    assert "phase" not in phases_summary([whole], 1, gpu=True)
 
 
 @pytest.mark.parametrize(

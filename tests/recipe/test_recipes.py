@@ -7,7 +7,8 @@ import pytest
 
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
-from longred_megatron.recipe import check_phases, load_recipe, phases_summary
+from longred_megatron.planning.summary import phases_summary
+from longred_megatron.recipe import check_phases, load_recipe
 from tests.recipe.conftest import phase_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -35,7 +36,7 @@ def test_run_on_eight_gpus(name: str, architecture: Architecture) -> None:
     phase = phase_of(recipe, model)
     assert check_phases([phase], world_size=8) == []
     assert recipe.run.dir == RECIPES.parent / "runs" / name
-    assert "1,073,741,824 = 512 steps x 2,097,152" in phases_summary([phase], 8)
+    assert "1,073,741,824 = 512 steps x 2,097,152" in phases_summary([phase], 8, gpu=True)
 
 
 def test_base_is_no_run() -> None:

@@ -1,4 +1,4 @@
-import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,31 +7,26 @@ from typing import Any
 import pytest
 
 from longred_megatron.families import Architecture
-from longred_megatron.kernels.relation_divergence import BLOCK_BYTES
-from longred_megatron.recipe import Phase, load_recipe, phases_summary
-from longred_megatron.recipe.summary import GIB, Memory, _stages, checkpoint_bytes, expected_memory
-from longred_megatron.training.flops import step_flops
+from longred_megatron.planning.flops import step_flops
+from longred_megatron.planning.gpus import read_gpu
+from longred_megatron.planning.memory import StageMemory, checkpoint_bytes
+from longred_megatron.planning.operations import FUSED
+from longred_megatron.planning.plan import GIB, plan_phase
+from longred_megatron.planning.summary import phases_summary
+from longred_megatron.recipe import Phase, load_recipe
 from tests.recipe.conftest import phase_of
 
 Write = Callable[..., Path]
+NO_TEACHER = r"not computed +the teacher \(no objective compares with it\)$"
 
 
 @pytest.fixture
 def summarise(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., str]:
     def summarise(*overrides: str, world_size: int = 1) -> str:
         recipe = load_recipe(write(values), overrides)
-        return phases_summary([phase_of(recipe, architecture)], world_size)
+        return phases_summary([phase_of(recipe, architecture)], world_size, gpu=True)
 
     return summarise
-
-
-@pytest.fixture
-def memory(write: Write, values: dict[str, Any], architecture: Architecture) -> Callable[..., Memory]:
-    def memory(*overrides: str, world_size: int = 1, **changes: Any) -> Memory:
-        model = replace(architecture, **changes)
-        return expected_memory(phase_of(load_recipe(write(values), overrides), model), world_size)
-
-    return memory
 
 
 def test_arithmetic_of_the_published_step(summarise: Callable[..., str]) -> None:
@@ -63,43 +58,7 @@ def test_what_is_skipped(summarise: Callable[..., str]) -> None:
     shallow = summarise("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 9]")
     assert "the teacher's layers 10 to 32; the teacher's head" in shallow
     alone = summarise("objectives.short_to_long=null", "objectives.short_restoration=null")
-    assert alone.endswith("not computed       the teacher (no objective compares with it)")
-
-
-def test_memory_of_one_rank_is_that_of_the_whole_model(
-    memory: Callable[..., Memory], architecture: Architecture
-) -> None:
-    one = memory()
-    number = architecture.num_parameters()
-    embedding = architecture.vocab_size * architecture.hidden_size
-    # The final norm's 4,096 weights are left out.
-    assert math.isclose(one.parameters, 2 * number, rel_tol=1e-5)
-    assert math.isclose(one.gradients, 4 * number, rel_tol=1e-5)
-    assert math.isclose(one.optimizer, 12 * number, rel_tol=1e-5)
-    assert math.isclose(one.teacher, 2 * (number - embedding), rel_tol=1e-5)
-    # 6 micro-batches x 3 layers and 2 x the last one, 65,536 tokens x 4,096 in bf16
-    assert one.teacher_targets == 3 * 65536 * 4096 * 2  # of one micro-batch, the largest
-    # An input a layer, and one working set: 4 h + 2 queries + 2 (keys + values) + 3 feed-forward widths
-    assert one.activations == 65536 * 2 * (32 * 4096 + 4 * 4096 + 2 * 4096 + 2 * 1024 + 3 * 14336)
-    assert one.loss == 2 * 256 * 2**20  # a chunk's fp32 logits and their gradient
-    assert one.total == sum(vars(one).values())
-
-
-def test_memory_by_layout(memory: Callable[..., Memory]) -> None:
-    one = memory()
-    fp32 = memory("precision.params=fp32")
-    assert fp32.parameters == 2 * one.parameters
-    assert fp32.optimizer == one.optimizer / 12 * 8
-    data = memory(world_size=2)
-    assert (data.parameters, data.optimizer) == (one.parameters, one.optimizer / 2)
-    assert data.teacher_targets == one.teacher_targets
-    tensor = memory("parallel={tensor: 2, sequence: true}", world_size=2)
-    for name, value in vars(one).items():
-        share = 1 if name == "loss" else 2  # its chunks are counted in bytes
-        assert getattr(tensor, name) == value / share, name
-    context = memory("parallel.context=2", world_size=2)
-    assert context.optimizer == one.optimizer / 2
-    assert (context.activations, context.teacher_targets) == (one.activations / 2, one.teacher_targets / 2)
+    assert re.search(NO_TEACHER, alone)
 
 
 def test_the_copy_of_a_checkpoint_is_told_where_one_is_made(
@@ -116,34 +75,6 @@ def test_the_copy_of_a_checkpoint_is_told_where_one_is_made(
     assert checkpoint_bytes(frozen, 1) == pytest.approx(2 * architecture.num_parameters() + 12 * trained, rel=1e-3)
 
 
-def test_memory_of_a_pipeline_counts_the_fullest_stage(memory: Callable[..., Memory]) -> None:
-    one, two = memory(), memory("parallel.pipeline=2", world_size=2)
-    # Half of the layers, and of embedding and head one each
-    assert two.parameters == one.parameters / 2
-    assert two.teacher > one.teacher / 2  # the embedding is not halved
-    # Layers 1 and 9 are on the first stage; 32, for both objectives, on the second.
-    assert two.teacher_targets == max(6 * 2, 6 + 2) * 65536 * 4096 * 2
-    interleaved = memory("parallel={pipeline: 2, virtual_pipeline: 2}", world_size=2)
-    assert two.activations < interleaved.activations  # more micro-batches in flight
-
-
-def test_memory_without_distillation_or_cross_entropy(memory: Callable[..., Memory]) -> None:
-    long_text = memory("objectives.short_to_long=null", "objectives.short_restoration=null")
-    assert (long_text.teacher, long_text.teacher_targets) == (0, 0)
-    assert memory("objectives.long_text=null").loss == 0
-
-
-def test_memory_of_logit_distillation(memory: Callable[..., Memory], architecture: Architecture) -> None:
-    packed = "objectives.packed_distillation={microbatches: 4, sequence_length: 8192, data: short}"
-    alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null", packed)
-    one = memory(*alone)
-    assert math.isclose(one.teacher, 2 * architecture.num_parameters(), rel_tol=1e-5)  # with its head
-    assert one.teacher_targets == 65536 * 4096 * 2  # the last hidden states alone
-    assert one.loss == (768 + 128) * 2**20  # three fp32 tensors of a chunk, and its bf16 logits
-    baseline = memory(*alone, "objectives.packed_distillation.cross_entropy=1")
-    assert (baseline.teacher, baseline.loss) == (0, 2 * 256 * 2**20)
-
-
 SHORT = "microbatches: 4, sequence_length: 1024, data: short"
 
 
@@ -157,30 +88,43 @@ def two_teachers(write: Write, values: dict[str, Any], architecture: Architectur
 
 def test_what_is_skipped_of_two_teachers(two_teachers: Phase) -> None:
     model = two_teachers.recipe.model.hf
-    assert phases_summary([two_teachers], 1).partition("not computed")[2].strip() == (
+    assert phases_summary([two_teachers], 1, gpu=True).partition("not computed")[2].strip() == (
         f"the teacher on long_text; teacher /large's head; teacher {model}'s layers 10 to 32; teacher {model}'s head; "
         "the model's head on short_to_long, short_restoration"
     )
 
 
 def test_two_teachers_are_both_in_memory(two_teachers: Phase, architecture: Architecture) -> None:
-    found = expected_memory(two_teachers, 1)
     layer, embedding = architecture.layer_parameters(), architecture.vocab_size * architecture.hidden_size
-    assert found.teacher == 2 * ((40 * layer + embedding) + (9 * layer + embedding))
-    assert found.teacher_targets == 2 * 65536 * 4096 * 2  # two layers of one teacher; the other's last one is less
-    assert f"{found.teacher / GIB:.2f} GiB (forward only" in phases_summary([two_teachers], 1)
+    expected = 2 * ((40 * layer + embedding) + (9 * layer + embedding))
+    assert f"{expected / GIB:.2f} GiB (forward only" in phases_summary([two_teachers], 1, gpu=True)
 
 
-def test_targets_lie_where_each_teacher_has_its_layers(
+def test_each_stage_has_its_layers_of_both_models(
     write: Write, values: dict[str, Any], architecture: Architecture
 ) -> None:
-    """The last layer of 40 is on the second of two stages, as that of 32 is; layers 1 and 9 are on the first."""
-    own = ("objectives.short_to_long.teacher.hf=/large", "parallel.pipeline=2")
+    """20 layers of one teacher and 16 of the other and of the student, each stage with a table."""
+    own = ("objectives.short_to_long.teacher.hf=/large", "parallel.pipeline=2", "parallel.tensor=2")
     phase = phase_of(load_recipe(write(values), own), architecture, replace(architecture, num_layers=40))
-    assert expected_memory(phase, 2).teacher_targets == max(6 * 2, 6 + 2) * 65536 * 4096 * 2
-    # 20 layers of one and 16 of the other, each stage with a table
     layer, embedding = architecture.layer_parameters(), architecture.vocab_size * architecture.hidden_size
-    assert expected_memory(phase, 2).teacher == 2 * ((20 + 16) * layer + 2 * embedding)
+    parts = StageMemory(phase, 8, 0, FUSED).resident
+    trained = (16 * layer + embedding) / 2
+    of_student = {"weights": 2 * trained, "gradients": 4 * trained, "optimizer": 12 * trained / 2}
+    of_teachers = ((20 + 16) * layer + 2 * embedding) / 2
+    assert parts == pytest.approx(of_student | {"teacher": 2 * of_teachers}, rel=1e-3)  # norms are not halved
+
+
+def test_memory_is_that_of_the_plan(
+    write: Write, values: dict[str, Any], architecture: Architecture, summarise: Callable[..., str]
+) -> None:
+    shape = ["parallel.pipeline=2", "training.recompute=full"]
+    plan = plan_phase(phase_of(load_recipe(write(values), shape), architecture), 2, read_gpu("h100-80gb"))
+    peak, text = plan.fullest.peak, summarise(*shape, world_size=2)
+    assert f"{peak.total / GIB:.2f} GiB at the fullest, stage {plan.fullest.stage}, {peak.moment}" in text
+    for part, size in peak.parts.items():
+        assert not size or re.search(rf"  {part} +{size / GIB:.2f} GiB", text), part
+    on_cpu = phases_summary([plan.phase], 2, gpu=False)
+    assert "a process and its libraries" in on_cpu and on_cpu != text
 
 
 PERTURBED = f"objectives.perturbed_positions={{{SHORT}}}"
@@ -190,7 +134,7 @@ def test_a_student_that_is_its_own_teacher(
     write: Write, values: dict[str, Any], architecture: Architecture, summarise: Callable[..., str]
 ) -> None:
     alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null")
-    assert summarise(*alone, PERTURBED).endswith("not computed           the teacher (no objective compares with it)")
+    assert re.search(NO_TEACHER, summarise(*alone, PERTURBED))
     beside = summarise(PERTURBED, "objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 9]")
     assert beside.endswith(
         "the teacher on long_text, perturbed_positions; the teacher's layers 10 to 32; the teacher's head; the model's "
@@ -200,69 +144,27 @@ def test_a_student_that_is_its_own_teacher(
     packed = f"objectives.packed_distillation={{{SHORT}, teacher: {{hf: /wide}}}}"
     wide = replace(architecture, num_layers=40, hidden_size=8192)
     own = phase_of(load_recipe(write(values), [*alone, PERTURBED]), architecture)
-    assert expected_memory(own, 1).teacher == 0
-    assert expected_memory(own, 1).teacher_targets == 65536 * 4096 * 2
-    assert expected_memory(own, 1).loss == (768 + 128) * 2**20
+    assert StageMemory(own, 1, 0, FUSED).resident["teacher"] == 0
     for teacher in ([packed], [packed.replace(", teacher: {hf: /wide}", ""), "teacher.hf=/wide"]):
         phase = phase_of(load_recipe(write(values), [*alone, PERTURBED, *teacher]), architecture, wide)
-        assert expected_memory(phase, 1).teacher_targets == 65536 * max(4096, 8192) * 2
         assert phase.sites["perturbed_positions"].teacher == architecture
         passes = ((3, architecture, 32), (1, wide, 40))  # of the packed texts: forward and backward, the teacher's
         packs = sum(times * model.forward_flops_per_token(depth, 1024, True) for times, model, depth in passes)
         assert step_flops(phase) - step_flops(own) == pytest.approx(4 * 65536 * packs)
 
 
-def test_relations_keep_queries_keys_and_values(summarise: Callable[..., str], memory: Callable[..., Memory]) -> None:
+def test_relations(summarise: Callable[..., str]) -> None:
     alone = ("objectives.long_text=null", "objectives.short_to_long=null", "objectives.short_restoration=null")
     relations = f"objectives.mine={{kind: relations, {SHORT}, layers: [1, 5, 17], weight: 0.5}}"
     text = summarise(*alone, relations)
     assert "0.5 mine (3 layers)   (weight x micro-batches / 4)" in text
     assert text.endswith("the teacher's layers 18 to 32; the teacher's head; the model's head on mine")
-    one = memory(*alone, relations)
-    # 3 layers x (32 heads of queries, 8 of keys, 8 of values) of 128 dims
-    assert one.teacher_targets == 3 * 65536 * (32 + 8 + 8) * 128 * 2
-    assert one.loss == 3 * BLOCK_BYTES
-    tensor = memory(*alone, relations, "parallel={tensor: 2, context: 2}", world_size=4)
-    assert tensor.teacher_targets == one.teacher_targets / 4
-
-
-def test_attention_outputs_are_as_wide_as_hidden_states(memory: Callable[..., Memory]) -> None:
-    sequence = ("parallel={tensor: 2, sequence: true}", "objectives.short_restoration.states=attention_output")
-    assert memory(*sequence[1:]).teacher_targets == memory().teacher_targets
-    assert memory(*sequence, world_size=2).teacher_targets == memory().teacher_targets / 2
-
-
-def test_memory_without_recompute_is_more(memory: Callable[..., Memory]) -> None:
-    assert memory("training.recompute=none").activations > 5 * memory().activations
-
-
-def test_tied_embeddings_are_counted_once(memory: Callable[..., Memory]) -> None:
-    difference = memory().parameters - memory(tied_embeddings=True).parameters
-    assert difference == pytest.approx(2 * 128256 * 4096, rel=1e-6)
-
-
-def test_stages_of_the_interleaved_schedule(write: Write, values: dict[str, Any], architecture: Architecture) -> None:
-    recipe = load_recipe(write(values), ["parallel={pipeline: 2, virtual_pipeline: 2}"])
-    assert _stages(recipe, replace(architecture, num_layers=8)) == [[1, 2, 5, 6], [3, 4, 7, 8]]
-
-
-def test_memory_is_printed(summarise: Callable[..., str], memory: Callable[..., Memory]) -> None:
-    text, expected = summarise(), memory()
-    assert f"about {expected.total / GIB:.1f} GiB" in text
-    assert f"{expected.optimizer / GIB:.2f} GiB (12 bytes x N / (data x context))" in text
-
-
-def test_memory_of_selective_recomputation(memory: Callable[..., Memory]) -> None:
-    kept = {how: memory(f"training.recompute={how}").activations for how in ("none", "selective", "full")}
-    mlps = 65536 * 3 * 14336 * 2  # gate, up and their product of every token, bf16
-    assert kept["none"] - kept["selective"] == 31 * mlps  # one layer's is recomputed at a time
-    assert kept["full"] < kept["selective"]
 
 
 def test_fp8_is_told(write: Callable[..., Path], values: dict[str, Any], architecture: Architecture) -> None:
     def lines(precision: str) -> str:
         recipe = load_recipe(write(values), [f"precision={precision}"])
-        return phases_summary([phase_of(recipe, architecture)], 1)
+        return phases_summary([phase_of(recipe, architecture)], 1, gpu=True)
 
     assert "FP8" not in lines("{fp8: null}")
     assert "hybrid, tensorwise scaling: student; teachers in bf16" in lines("{fp8: hybrid}")

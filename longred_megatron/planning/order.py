@@ -43,3 +43,10 @@ def replica_indices(num_microbatches: int, replica: int, num_replicas: int) -> l
             f"replicas; make their number a multiple of {num_replicas}"
         )
     return list(range(replica, num_microbatches, num_replicas))
+
+
+def replica_orders(counts: Mapping[str, int], needs: Mapping[str, Needs], num_replicas: int) -> list[tuple[str, ...]]:
+    """The objectives of each replica's micro-batches, as `replica_indices` deals them out; equal shares once."""
+    order = microbatch_order(counts, needs)
+    shares = (replica_indices(len(order), replica, num_replicas) for replica in range(num_replicas))
+    return list(dict.fromkeys(tuple(order[index] for index in share) for share in shares))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longred_megatron.objectives.base import Needs, Tap
-from longred_megatron.training.order import last_reach_all, microbatch_order, replica_indices
+from longred_megatron.planning.order import last_reach_all, microbatch_order, replica_indices
 
 WITHOUT_HEAD = Needs(pairs={Tap(1): Tap(1)})
 NEEDS = {
