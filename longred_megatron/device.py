@@ -64,6 +64,13 @@ def _can_use_gpu() -> bool:
     return True
 
 
+def bf16_is_slow() -> bool:
+    """Whether this process computes on a CPU without instructions for bf16 products, as those without AVX-512."""
+    import torch
+
+    return not on_gpu() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class BeforeMegatron:
     """Finds no module, but decides when the first of Megatron's is looked for: on the way of every import of them."""
 

@@ -139,11 +139,15 @@ def _announce(
     """
     from longred_megatron.analysis.auto_layers import choose_layers
     from longred_megatron.data.sequences import without_start_token
-    from longred_megatron.recipe import phases_summary, read_phases
+    from longred_megatron.device import bf16_is_slow, on_gpu
+    from longred_megatron.planning.summary import phases_summary
+    from longred_megatron.recipe import read_phases
 
     recipe = choose_layers(recipe, phases[-1])
     phases = read_phases(recipe)
-    print(phases_summary(phases, world_size))
+    print(phases_summary(phases, world_size, on_gpu()))
+    if recipe.precision.params == "bf16" and bf16_is_slow():
+        print("bf16 is slow: this CPU has no instructions for it; precision.params=fp32 takes a fraction of the time")
     _choose_attention(phases)
     padding = {prefix: share for own in data for prefix, share in own.padding_fractions().items()}
     for prefix, share in padding.items():

@@ -13,13 +13,16 @@ import time
 
 from longred_megatron.errors import run_cli
 
+FP32 = "precision.params=fp32"  # most laptops' CPUs have no instructions for bf16 products
+
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     # Here, since they take seconds: see `run_cli`.
     from longred_megatron.evaluation.evaluate import evaluate
-    from longred_megatron.evaluation.report import PAGE, format_table
+    from longred_megatron.evaluation.report import format_table
     from longred_megatron.evaluation.settings import Settings
+    from longred_megatron.page import PAGE
     from tiny_runs import BASE, DEMO, RUNS, prepare_texts, run, train
 
     started = time.perf_counter()
@@ -30,12 +33,12 @@ def main() -> None:
     _say(2, "prepare texts of the Python standard library")
     texts = prepare_texts()
     _say(3, "extend the window by Long CPT: cross-entropy on long texts")
-    train("recipes/tiny_long_cpt.yaml")
+    train("recipes/tiny_long_cpt.yaml", FP32)
     _say(
         4,
         "extend the window by LongReD-C: the same long texts, and what the original model does on short ones",
     )
-    train("recipes/tiny_longred_c.yaml")
+    train("recipes/tiny_longred_c.yaml", FP32)
     _say(5, "compare")
     report = evaluate(
         [BASE, RUNS / "tiny_long_cpt/hf", RUNS / "tiny_longred_c/hf"],
