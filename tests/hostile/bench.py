@@ -1,6 +1,7 @@
 """The bench: one folder with everything that commands work on, built once, copied for every case.
 
 recipe.yaml  model/ teacher/ (with tokenizers)  texts.bin, .idx   a recipe that trains on random texts
+study.yaml   a study of that recipe
 run/         two steps of it, exported after each: hf-step-000001/ and hf/
 converted/   hf-to-megatron of model
 corpus/      a.txt, b.jsonl;  set.bin, .idx, .json: prepare_data of them
@@ -20,6 +21,27 @@ from tests.training.workspace import make_workspace
 
 NOTES = "my own notes\n"
 SIZES = {"vocab_size": 258, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1}
+
+STUDY = {
+    "title": "a study",
+    "original": "model",
+    "dir": "study",
+    "seeds": [1],
+    "overrides": ["training.steps=1"],
+    "runs": {"one": {"recipe": "recipe.yaml"}},
+    "merges": {"half": {"run": "one", "weights": [0.5]}},
+    "evaluation": {
+        "short_texts": ["corpus"],
+        "long_texts": ["corpus"],
+        "short_windows": 1,
+        "long_windows": 1,
+        "lengths": [512],
+        "depths": 1,
+        "prompt_sets": 1,
+        "samples": 1,
+    },
+    "orderings": [{"measure": "short", "better": "original", "than": "one"}],
+}
 
 # Run once the files below are there; each (command, folder that it leaves).
 COMMANDS = (
@@ -41,6 +63,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "corpus").mkdir()
     (folder / "corpus" / "a.txt").write_text(texts[0])
     (folder / "corpus" / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[1:]))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
     (folder / "notes.txt").write_text(NOTES)
 
 

@@ -35,6 +35,8 @@ PERTURBATION = ("analyze", "perturbation", "--text=corpus", *TEXTS, "--copies=2"
 QUERIES = ("analyze", "query-states", "--text=corpus", *TEXTS, "--hf")
 FP8 = ("analyze", "fp8", "--text=corpus", "--windows=1", "--lengths=64", "--output", "out", "--hf")
 DOCTOR = ("doctor", "recipe.yaml", "--output", "out")
+STUDY = ("study", "study.yaml", "--output", "out")
+PLAN = ("plan", "recipe.yaml", "precision.params=bf16", "--gpu=h100-80gb", "--gpus=2", "--output", "out")
 DEMO_TEXTS = ("make_demo_texts", "--sets", "repeats_128", "--share", "0.001", "--output")
 SMOLLM2 = ("make_smollm2", "--output", "out", "--gguf")
 

@@ -13,9 +13,11 @@ from tests.hostile.case import (
     FP8,
     MERGE,
     PERTURBATION,
+    PLAN,
     PREPARE,
     REHEARSE,
     SELECT,
+    STUDY,
     TO_HF,
     TO_MEGATRON,
     TRAIN,
@@ -136,7 +138,7 @@ def cases() -> Iterator[Case]:
                 says=(words,) if code == 2 else (),
                 seconds=60 if name == "rehearse" else 10,
             )
-    yield from (*recipes(), *of_analyses(), *command_lines(), *merge_weights(), *json_files())
+    yield from (*recipes(), *of_analyses(), *plans(), *studies(), *command_lines(), *merge_weights(), *json_files())
 
 
 def recipes() -> Iterator[Case]:
@@ -197,6 +199,61 @@ def of_analyses() -> Iterator[Case]:
     ):
         for value in values:
             yield Case(f"{name} {flag} {brief(value)}", (*words, f"{flag}={value}"), says=(flag[2:],))
+
+
+GPU = {"memory_bytes": 80e9, "bf16_flops": 1e15, "fp8_flops": None, "memory_bandwidth": 3e12, "link_bandwidth": 4e11}
+GPU |= {"network_bandwidth": 5e10}
+
+
+def plans() -> Iterator[Case]:
+    for value in ("0", "-1", "x", "1.5", str(10**15), "9" * 400):
+        yield Case(f"plan --gpus {brief(value)}", (*PLAN, f"--gpus={value}"), says=("--gpus",))
+        yield Case(f"plan --search --gpus {brief(value)}", (*PLAN, "--search", f"--gpus={value}"), says=("--gpus",))
+    for value in ("", "h100", ":", "gpus.yaml:yours"):
+        write = writing("gpus.yaml", json.dumps({"gpus": {"mine": GPU}}))
+        yield Case(f"plan --gpu {value!r}", (*PLAN, f"--gpu={value}"), write, says=("gpu",))
+    for key in GPU:
+        for value in (0, -1.0, NAN, INFINITE, "x", 10**400, [1]):
+            write = writing("gpus.yaml", json.dumps({"gpus": {"mine": GPU | {key: value}}}))
+            name = f"plan --gpu FILE: {key}: {brief(value)}"
+            yield Case(name, (*PLAN, "--gpu=gpus.yaml:mine"), write, says=(f"{key}|gpus.yaml",))
+    for name, text in STRANGE.items():
+        yield Case(
+            f"plan --gpu FILE: {name}", (*PLAN, "--gpu=gpus.yaml:mine"), writing("gpus.yaml", text), says=("gpus",)
+        )
+
+
+def studies() -> Iterator[Case]:
+    wrong: dict[str, tuple[object, ...]] = {
+        "title": (5, None),
+        "original": (5, "", None, "nowhere"),
+        "dir": (5, "", None, "notes.txt"),
+        "seeds": ([], [-1], [2**32], [1.5], 1, ["a"], list(range(1000))),
+        "overrides": ("training.steps=1", ["training.stops=1"], [5], ["$one"], ["training.steps=$nothing"]),
+        "runs": ({}, [], {"one": {}}, {"original": {"recipe": "recipe.yaml"}}, {"a b": {"recipe": "recipe.yaml"}}),
+        "merges": ({"half": {"run": "two", "weights": [0.5]}}, {"half": {"run": "one", "weights": [2]}}),
+        "evaluation": ({}, bench.STUDY["evaluation"] | {"lengths": []}, bench.STUDY["evaluation"] | {"samples": 0}),
+        "orderings": ([{"measure": "x", "better": "one", "than": "original"}], [{"better": "one"}], 5),
+    }
+    for key, values in wrong.items():
+        for value in values:
+            write = writing("study.yaml", json.dumps(bench.STUDY | {key: value}))
+            yield Case(
+                f"study: {key}: {brief(value)}",
+                STUDY[:2] if key == "dir" else STUDY,
+                write,
+                says=(rf"{key}|study\.yaml|nowhere|runs\.one",),
+            )
+    for name, text in STRANGE.items():
+        yield Case(f"study: {name}", STUDY, writing("study.yaml", text), says=("study.yaml",))
+    for value in ("-1", "x", "1.5", "9" * 400):
+        yield Case(f"study --seeds {brief(value)}", (*STUDY, f"--seeds={value}"), says=("seeds",))
+    for value in ("", "two", "original"):
+        yield Case(f"study --only {value!r}", (*STUDY, f"--only={value}"), says=("--only",))
+    for value in ("", "nowhere", "'"):
+        yield Case(
+            f"study --launch {value!r}", (*STUDY, f"--launch={value}"), says=("--launch|nowhere",), writes=("out",)
+        )
 
 
 def command_lines() -> Iterator[Case]:

@@ -34,6 +34,8 @@ PROGRAMS = {
         "select_layers",
         "analyze",
         "doctor",
+        "study",
+        "plan",
     )
 }
 TRAIN = "longred_megatron.train"
@@ -51,6 +53,8 @@ WARM = (
     "longred_megatron.data.prepare",
     "longred_megatron.evaluation.evaluate",
     "longred_megatron.analysis.layer_study",
+    "longred_megatron.study.run",
+    "longred_megatron.planning.command",
     "transformers.models.auto.modeling_auto",
     "tests.hostile.bench",
     "transformers.models.llama.modeling_llama",

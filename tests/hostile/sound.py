@@ -9,11 +9,13 @@ from tests.hostile.case import (
     FP8,
     MERGE,
     PERTURBATION,
+    PLAN,
     PREPARE,
     QUERIES,
     REHEARSE,
     RESUME,
     SELECT,
+    STUDY,
     TO_HF,
     TO_MEGATRON,
     TRAIN,
@@ -40,5 +42,9 @@ def cases() -> Iterator[Case]:
     yield Case("analyze perturbation", (*PERTURBATION, "model", "run/hf"), code=0)
     yield Case("analyze query-states", (*QUERIES, "model", "run/hf"), code=0)
     yield Case("analyze fp8", (*FP8, "model"), code=0)
+    yield Case("plan", PLAN, code=0)
+    yield Case("plan --search", (*PLAN, "--search"), code=0, seconds=60)
+    yield Case("study --list", (*STUDY[:2], "--list"), code=0, says=("to make",))
+    yield Case("study", STUDY, code=0, seconds=180, quick=False)
     yield Case("make_demo_texts", (*DEMO_TEXTS, "out"), code=0)
     yield Case("rehearse", REHEARSE, code=0, seconds=120, quick=False)

@@ -9,6 +9,7 @@ from tests.hostile.case import (
     DRIFT,
     EVALUATE,
     MERGE,
+    PLAN,
     PREPARE,
     RESUME,
     SELECT,
@@ -27,6 +28,7 @@ OUTPUTS = {
     "evaluate": ((*EVALUATE, "model"), "out"),
     "select_layers": (SELECT, "out"),
     "analyze drift": ((*DRIFT, "model", "run/hf"), "out"),
+    "plan": (PLAN, "out"),
     "make_demo_texts": ((*DEMO_TEXTS, "out"), "out"),
 }
 
