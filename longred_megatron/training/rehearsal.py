@@ -19,6 +19,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from longred_megatron.device import bf16_is_slow
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
@@ -115,6 +116,9 @@ def shrink(recipe: Recipe, folder: Path) -> Rehearsal:
     values, smaller = small_copy(resized, phases, folder, SIZES)
     changes += smaller + _gpu_changes(phases)
     without_gpu(values)
+    if values["precision"]["params"] == "bf16" and bf16_is_slow():
+        values["precision"]["params"] = "fp32"
+        changes.append("precision.params: bf16 -> fp32, this CPU has no instructions for bf16")
     for change in (values["phases"] or ())[:-1]:
         change["training"] = change.get("training", {}) | {"steps": 1}
     values["training"] |= {"steps": STEPS_AFTER_RESUME, "checkpoint_every_steps": 1, "keep_checkpoints": 1}
