@@ -8,8 +8,9 @@ from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_folder, try_output, write_text
 from longred_megatron.page import PAGE
 from longred_megatron.planning import search
+from longred_megatron.planning.changes import best_changes
 from longred_megatron.planning.gpus import read_gpu
-from longred_megatron.planning.plan import PhasePlan, plan_phase, report, to_json
+from longred_megatron.planning.plan import Change, PhasePlan, plan_phase, report, to_json
 from longred_megatron.recipe import check_phases, load_recipe, read_phases
 
 PLAN, SETTINGS = "plan.json", "layout.yaml"
@@ -23,14 +24,16 @@ def plan_run(recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: in
         UserError: as `load_recipe`, `read_phases`, `read_gpu`, `check_phases`; the folder is in use.
     """
     gpu = read_gpu(gpu_name)
-    phases = read_phases(load_recipe(recipe, overrides))
+    loaded = load_recipe(recipe, overrides)
+    phases = read_phases(loaded)
     if problems := check_phases(phases, num_gpus, gpu=True):
         raise UserError(*problems)
     _check(output)
     plans = [plan_phase(phase, num_gpus, gpu) for phase in phases]
+    changes = best_changes(loaded, plans)
     if output is not None:
-        _write(output, plans)
-    return report(plans)
+        _write(output, plans, changes)
+    return report(plans, changes)
 
 
 def search_layouts(
@@ -51,7 +54,7 @@ def search_layouts(
         raise UserError(shown)
     first = found.fitting[0]
     if output is not None:
-        _write(output, first.plans, found)
+        _write(output, first.plans, found=found)
     return shown + "\n\n" + report(first.plans)
 
 
@@ -63,11 +66,13 @@ def _check(output: Path | None) -> None:
     try_output(output, "--output")
 
 
-def _write(output: Path, plans: Sequence[PhasePlan], found: search.Outcome | None = None) -> None:
+def _write(
+    output: Path, plans: Sequence[PhasePlan], changes: Sequence[Change] = (), found: search.Outcome | None = None
+) -> None:
     from longred_megatron.planning.page import page  # matplotlib and torch, which no other part needs
 
     with appearing_folder(output) as partial:
-        write_text(partial / PLAN, json.dumps(to_json(plans), indent=1))
-        write_text(partial / PAGE, page(plans, found))
+        write_text(partial / PLAN, json.dumps(to_json(plans, changes), indent=1))
+        write_text(partial / PAGE, page(plans, changes, found))
         if found is not None:
             write_text(partial / SETTINGS, search.settings_of(found.fitting[0]))

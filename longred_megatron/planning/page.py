@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from longred_megatron.page import INK, MARKERS, MODEL_COLOURS, REFERENCE_COLOUR, STYLE, Plot, html, svg_of
-from longred_megatron.planning.plan import AXES, GIB, PhasePlan, verdict
+from longred_megatron.planning.plan import AXES, GIB, Change, PhasePlan, verdict
 from longred_megatron.planning.search import Outcome
 
 AT_THE_END = ("data-parallel messages", "optimizer")
@@ -28,13 +28,13 @@ LAYOUTS = (
 )
 
 
-def page(plans: Sequence[PhasePlan], outcome: Outcome | None = None) -> str:
+def page(plans: Sequence[PhasePlan], changes: Sequence[Change] = (), outcome: Outcome | None = None) -> str:
     """The page of what plan.json holds. outcome: of the search that found the layout."""
     plan = max(plans, key=lambda each: each.needed_bytes)
     figures = [Plot(_memory(plan), MEMORY), Plot(_step(plan), STEP)]
     if outcome is not None:
         figures.append(Plot(_layouts(outcome), LAYOUTS))
-    notes = [*verdict(plans), "Nothing of this is measured; docs/planning.md says how far it can be trusted."]
+    notes = [*verdict(plans, changes), "Nothing of this is measured; docs/planning.md says how far it can be trusted."]
     return html("Plan of a run", notes, figures, list(_tables(plan)))
 
 

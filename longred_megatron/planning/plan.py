@@ -66,6 +66,13 @@ class PhasePlan:
         return self.step_seconds * self.phase.recipe.training.steps / 3600
 
 
+class Change(NamedTuple):
+    """A setting that would make the run faster. override: as on the command line. hours: of the run with it."""
+
+    override: str
+    hours: float
+
+
 def plan_phase(phase: Phase, world_size: int, gpu: Gpu) -> PhasePlan:
     """The plan of a phase in which `check_phase` has found no problem."""
     return plan_stages(stage_memories(phase, world_size), world_size, gpu)
@@ -169,7 +176,7 @@ def _communication(times: Sequence[StageTime], own: Sequence[str]) -> dict[str, 
     return {axis: max(sent[axis] for sent in found) for axis in AXES}
 
 
-def to_json(plans: Sequence[PhasePlan]) -> dict[str, Any]:
+def to_json(plans: Sequence[PhasePlan], changes: Sequence[Change] = ()) -> dict[str, Any]:
     """The content of plan.json. Of several phases: the fullest one's, the hours of all, and each one's step."""
     plan = max(plans, key=lambda each: each.needed_bytes)
     recipe, peak = plan.phase.recipe, plan.fullest.peak
@@ -202,6 +209,7 @@ def to_json(plans: Sequence[PhasePlan]) -> dict[str, Any]:
         "phases": [
             {"number": p.phase.number, "fits": p.fits, "step_seconds": p.step_seconds, "hours": p.hours} for p in plans
         ],
+        "best_changes": [{"override": each.override, "saves_hours": hours - each.hours} for each in changes],
         "assumptions": plan.gpu.model_dump(mode="json"),
     }
 
@@ -226,10 +234,10 @@ def _rounded(values: Mapping[str, float]) -> dict[str, int]:
     return {name: math.ceil(value) for name, value in values.items()}
 
 
-def verdict(plans: Sequence[PhasePlan]) -> list[str]:
+def verdict(plans: Sequence[PhasePlan], changes: Sequence[Change]) -> list[str]:
     """What one glance should say, a line each."""
     plan = max(plans, key=lambda each: each.needed_bytes)
-    content = to_json(plans)
+    content = to_json(plans, changes)
     part, seconds = max(plan.seconds_by_part.items(), key=lambda item: item[1])
     lines = [
         f"{'fits' if content['fits'] else 'does not fit'}: {plan.needed_bytes / GIB:.1f} of "
@@ -243,14 +251,17 @@ def verdict(plans: Sequence[PhasePlan]) -> list[str]:
         lines.append(f"costs {content['dollars']:,.0f} dollars")
     if len(plans) > 1:
         lines += [f"phase {p.phase.number}: {p.hours:.1f} hours, {p.needed_bytes / GIB:.1f} GiB" for p in plans]
+    for each in content["best_changes"]:
+        saved = each["saves_hours"]
+        lines.append(f"faster with {each['override']}: saves {saved:.1f} hours ({saved / content['hours']:.0%})")
     return lines
 
 
-def report(plans: Sequence[PhasePlan]) -> str:
+def report(plans: Sequence[PhasePlan], changes: Sequence[Change] = ()) -> str:
     """The verdict, then the parts."""
     plan = max(plans, key=lambda each: each.needed_bytes)
     parts = sorted(plan.seconds_by_part.items(), key=lambda item: -item[1])
-    lines = verdict(plans)
+    lines = verdict(plans, changes)
     lines.append("memory of a rank, GiB by stage")
     names = list(dict.fromkeys(name for each in plan.memory for name in each.peak.parts if each.peak.parts[name] > 0))
     for name in names:

@@ -101,6 +101,28 @@ def test_all_wait_for_the_slowest_replica(pipeline: int, llama: Path) -> None:
     assert mixed.fullest.peak.parts["activations"] == max(activations)
 
 
+def test_the_best_single_changes(llama: Path, tmp_path: Path) -> None:
+    slow = {"parallel.tensor": "4", "parallel.context": "1", "training.recompute": "full"}
+
+    def with_change(key: str, value: str) -> dict[str, Any]:
+        overrides = [f"{name}={each}" for name, each in (slow | {key: value}).items()]
+        name = f"{key}-{value}"
+        return planned(
+            llama, tmp_path / name, "llama3_8b_32k_longred_c", *overrides, "--gpu", "a100-80gb", "--gpus", "8"
+        )
+
+    own = with_change("parallel.tensor", "4")
+    changes = own["best_changes"]
+    saved = [each["saves_hours"] for each in changes]
+    assert 1 <= len(changes) <= 3 and sorted(saved, reverse=True) == saved and saved[-1] > 0
+    for each in changes:
+        changed = with_change(*each["override"].split("="))
+        assert changed["fits"] and changed["hours"] == pytest.approx(own["hours"] - each["saves_hours"])
+    for key, value in (("parallel.tensor", "2"), ("training.recompute", "none"), ("training.recompute", "selective")):
+        changed = with_change(key, value)
+        assert not changed["fits"] or changed["hours"] >= own["hours"] - saved[0] - 1e-9
+
+
 def test_the_page(llama: Path, tmp_path: Path) -> None:
     planned(llama, tmp_path / "plan", "llama3_8b_32k_longred_c", "--gpu", "h100-80gb", "--gpus", "16")
     page = (tmp_path / "plan/report.html").read_text()
