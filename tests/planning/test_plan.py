@@ -106,10 +106,8 @@ def test_the_best_single_changes(llama: Path, tmp_path: Path) -> None:
 
     def with_change(key: str, value: str) -> dict[str, Any]:
         overrides = [f"{name}={each}" for name, each in (slow | {key: value}).items()]
-        name = f"{key}-{value}"
-        return planned(
-            llama, tmp_path / name, "llama3_8b_32k_longred_c", *overrides, "--gpu", "a100-80gb", "--gpus", "8"
-        )
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        return planned(llama, output, "llama3_8b_32k_longred_c", *overrides, "--gpu", "a100-80gb", "--gpus", "8")
 
     own = with_change("parallel.tensor", "4")
     changes = own["best_changes"]
