@@ -150,27 +150,13 @@ def _teacher_seconds(times: Sequence[StageTime], own: Sequence[str]) -> float:
 
 def _communication(times: Sequence[StageTime], own: Sequence[str]) -> dict[str, float]:
     """Bytes that the busiest rank sends in a step, by axis."""
-    recipe = times[0].phase.recipe
-    again = recipe.training.recompute == "full"
     found: list[dict[str, float]] = []
     for time in times:
-        layers = sum(len(chunk.layers) for chunk in time.memory.chunks)
         sent = dict.fromkeys(AXES, 0.0)
         for name in own:
-            model = time.phase.source
-            sent["tensor"] += (
-                layers * (4 + (6 if recipe.parallel.sequence else 4) + 4 * again) * time.tensor_bytes(model, name)
-            )
-            sent["context"] += layers * (3 + again) * time.ring_bytes(model, name)
-            needs = time.phase.needs[name]
-            if needs.teacher:
-                teacher = time.phase.sites[name].teacher
-                share = needs.teacher_depth(teacher.num_layers) / len(times)
-                sent["tensor"] += 4 * share * time.tensor_bytes(teacher, name)
-                sent["context"] += share * time.ring_bytes(teacher, name)
-        ends = (time.memory.stage == 0) + (time.memory.stage == len(times) - 1)
-        messages = 2 * len(time.memory.chunks) - ends
-        sent["pipeline"] = (messages * len(own) * time.message_bytes()) if len(times) > 1 else 0.0
+            sent["tensor"] += time.tensor_step_bytes(name)
+            sent["context"] += time.context_step_bytes(name)
+            sent["pipeline"] += time.pipeline_step_bytes(name)
         sent["data"] = sum(time.data_bytes().values())
         found.append(sent)
     return {axis: max(sent[axis] for sent in found) for axis in AXES}

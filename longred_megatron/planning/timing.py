@@ -10,6 +10,7 @@ from longred_megatron.families.weights import Part
 from longred_megatron.kernels.linear_loss import CHUNK_BYTES
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import StageMemory
+from longred_megatron.planning.parameters import ChunkModel
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 
@@ -93,17 +94,71 @@ class StageTime:
         kv = 2 * model.num_kv_heads * model.head_dim * self.phase.recipe.precision.number_bytes / p.tensor
         return (p.context - 1) * self.phase.sites[name].rank_tokens * kv
 
+    def end_bytes(self, chunk: ChunkModel, name: str) -> float:
+        """Sent by a tensor rank for the embedding's output, and for the head's input and its gradient."""
+        embedding = 2 * chunk.first  # an all-reduce forward; or a reduce-scatter, and an all-gather backward
+        head = 2 * (chunk.last and self.phase.needs[name].student_head)
+        return (embedding + head) * self.tensor_bytes(self.phase.source, name)
+
+    def tensor_step_bytes(self, name: str) -> float:
+        """All of a micro-batch's tensor-parallel messages on this stage."""
+        recipe, needs = self.phase.recipe, self.phase.needs[name]
+        layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
+        passes = 4 + (6 if recipe.parallel.sequence else 4) + 4 * (recipe.training.recompute == "full")
+        sent = layers * passes * self.tensor_bytes(self.phase.source, name)
+        sent += sum(self.end_bytes(chunk, name) for chunk in self.memory.chunks)
+        if needs.teacher:
+            embedding = (1 if recipe.parallel.sequence else 2) * (self.memory.stage == 0)
+            sent += (4 * self._teacher_layers(name) + embedding) * self.tensor_bytes(
+                self.phase.sites[name].teacher, name
+            )
+        return sent
+
+    def context_step_bytes(self, name: str) -> float:
+        """All of a micro-batch's messages around the context ring on this stage."""
+        layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
+        passes = 3 + (self.phase.recipe.training.recompute == "full")
+        sent = layers * passes * self.ring_bytes(self.phase.source, name)
+        if self.phase.needs[name].teacher:
+            sent += self._teacher_layers(name) * self.ring_bytes(self.phase.sites[name].teacher, name)
+        return sent
+
+    def pipeline_step_bytes(self, name: str) -> float:
+        """All that this stage sends of a micro-batch to the stages before and after it."""
+        p, stage, needs = self.phase.recipe.parallel, self.memory.stage, self.phase.needs[name]
+        if p.pipeline == 1:
+            return 0.0
+        ends = (stage == 0) + (stage == p.pipeline - 1)
+        sent = (2 * len(self.memory.chunks) - ends) * self.message_bytes()
+        if needs.teacher:
+            teacher = self.phase.sites[name].teacher
+            chunks = p.for_depth(teacher.num_layers).chunk_layers(teacher.num_layers)
+            following = (chunks[number + 1] for number in self._teacher_chunks(name) if number + 1 < len(chunks))
+            needed = sum(chunk.start <= self._teacher_depth(name) for chunk in following)
+            sent += needed * self.message_bytes() * teacher.hidden_size / self.phase.source.hidden_size
+        return sent
+
+    def _teacher_depth(self, name: str) -> int:
+        return self.phase.needs[name].teacher_depth(self.phase.sites[name].teacher.num_layers)
+
+    def _teacher_chunks(self, name: str) -> dict[int, range]:
+        """{number of a chunk of the teacher: its layers} on this stage."""
+        parallel, depth = self.phase.recipe.parallel, self.phase.sites[name].teacher.num_layers
+        chunks = parallel.for_depth(depth).chunk_layers(depth)
+        return {number: chunks[number] for number in range(self.memory.stage, len(chunks), parallel.pipeline)}
+
+    def _teacher_layers(self, name: str) -> int:
+        """Of this stage, up to the deepest that a loss needs."""
+        depth = self._teacher_depth(name)
+        return sum(number <= depth for chunk in self._teacher_chunks(name).values() for number in chunk)
+
     def _teacher_seconds(self, name: str) -> dict[str, float]:
         """The forward pass of a micro-batch's teacher on this stage."""
         needs, site = self.phase.needs[name], self.phase.sites[name]
         if not needs.teacher:
             return {}
-        depth, model = needs.teacher_depth(site.teacher.num_layers), site.teacher
-        parallel = self.phase.recipe.parallel
-        chunks = parallel.for_depth(model.num_layers).chunk_layers(model.num_layers)
-        own = [n for chunk in chunks[self.memory.stage :: parallel.pipeline] for n in chunk]
         fp8 = self.phase.recipe.precision.of_teacher().fp8 is not None
-        return {"teacher": sum(n <= depth for n in own) * sum(self.layer_seconds(model, name, fp8).values())}
+        return {"teacher": self._teacher_layers(name) * sum(self.layer_seconds(site.teacher, name, fp8).values())}
 
     def _chunk_time(self, number: int, name: str) -> PassTime:
         recipe, site, chunk = self.phase.recipe, self.phase.sites[name], self.memory.chunks[number]
@@ -121,6 +176,7 @@ class StageTime:
         elif recompute == "selective":
             mlp = model.layer_parameters(MLP) / model.layer_parameters(MATRICES)
             backward["recomputation"] = forward["matrix products"] * mlp
+        forward["tensor-parallel messages"] += self.end_bytes(chunk, name) / self.link("tensor")
         if chunk.last and self.phase.needs[name].student_head:
             heads = 3 + self.phase.needs[name].teacher_head  # two gradients are made with the logits
             flops = 2 * model.hidden_size * model.vocab_size * site.rank_tokens / recipe.parallel.tensor

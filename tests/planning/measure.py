@@ -16,14 +16,17 @@ import torch
 
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.memory import StageMemory
 from longred_megatron.planning.operations import PLAIN
+from longred_megatron.planning.plan import plan_phase
 from longred_megatron.recipe import load_recipe, read_phases
 from longred_megatron.training.optimizer import set_hyperparameters
 from longred_megatron.training.run import PhaseRun
 from tests.checkpoint.small_models import write_model
 from tests.objectives.examples import all_kinds
 from tests.planning.live_tensors import LiveTensors
+from tests.planning.messages import Messages
 from tests.training.workspace import build_run, make_workspace, write_perturbed, write_recipe
 
 # Widths that weigh as in real models: the MLP's, then the vocabulary's, are the largest; a micro-batch has more tokens
@@ -149,12 +152,13 @@ def _rank(join: Callable[[str], None], cases: Sequence[Case], recipes: Mapping[s
         run = build_run(recipes[case.recipe], groups, *case.overrides)
         place = {"pipeline": groups.pp.rank(), "context": groups.cp.rank(), "data": groups.dp.rank()}
         rank = torch.distributed.get_rank()
-        (folder / f"{case.name}-{rank}.json").write_text(json.dumps(place | {"moments": _step(run)}))
+        moments, sent = _step(run)
+        (folder / f"{case.name}-{rank}.json").write_text(json.dumps(place | {"moments": moments, "sent": sent}))
         destroy()
 
 
-def _step(run: PhaseRun) -> dict[str, dict[str, int]]:
-    """{moment: {part: bytes}} of the second step; the first makes the optimizer's state."""
+def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
+    """{moment: {part: bytes}} and {axis: bytes sent} of the second step; the first makes the optimizer's state."""
     groups, step = run.groups, run.train_step
     live = LiveTensors()
     ask = step._ask_teacher
@@ -176,13 +180,15 @@ def _step(run: PhaseRun) -> dict[str, dict[str, int]]:
     ]
     live.mark(inputs, "host")
     live.reset()
-    with live:
+    axes = {"tensor": groups.tp, "context": groups.cp, "pipeline": groups.pp, "data": groups.dp_cp}
+    messages = Messages({group.group_name: axis for axis, group in axes.items()})
+    with live, messages:
         step.forward_backward(batches)
         moments = {"forward_backward": live.at_peak}
         live.reset()
         step.optimizer.step()
         moments["optimizer"] = live.at_peak
-    return moments
+    return moments, messages.sent
 
 
 def _mark_resident(live: LiveTensors, run: PhaseRun) -> None:
@@ -232,6 +238,17 @@ def compare(cases: Sequence[Case], recipes: Mapping[str, Path], found: Mapping[s
             yield Compared(case.name, stage, measured, _in_parts(memory.peak.parts))
 
 
+def compare_messages(
+    cases: Sequence[Case], recipes: Mapping[str, Path], found: Mapping[str, Any]
+) -> Iterator[tuple[str, str, int, float]]:
+    """(case, axis, bytes that the busiest rank sent, planned). Without the context ring, which is the GPU's alone."""
+    for case in cases:
+        [phase] = read_phases(load_recipe(recipes[case.recipe], case.overrides))
+        planned = plan_phase(phase, case.world, read_gpu("h100-80gb")).communication_bytes
+        for axis in ("tensor", "pipeline", "data"):
+            yield case.name, axis, max(rank["sent"].get(axis, 0) for rank in found[case.name]), planned[axis]
+
+
 def _in_parts(parts: Mapping[str, float]) -> dict[str, float]:
     resident = ("weights", "gradients", "optimizer", "teacher")
     rest = sum(size for part, size in parts.items() if part not in (*resident, "host"))
@@ -254,4 +271,9 @@ def markdown(compared: Iterable[Compared]) -> str:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         written = workspaces(Path(temporary))
-        print(markdown(compare(CASES, written, measure(CASES, written, Path(temporary) / "out"))))
+        found = measure(CASES, written, Path(temporary) / "out")
+        print(markdown(compare(CASES, written, found)))
+        print("\n| layout | axis | sent, KiB | planned |\n" + "|" + " --- |" * 4)
+        for name, axis, sent, planned in compare_messages(CASES, written, found):
+            if sent or planned:
+                print(f"| {name} | {axis} | {sent / 1024:.0f} | {planned / sent - 1 if sent else 1:+.1%} |")

@@ -1,10 +1,12 @@
-"""Planned bytes against live tensors of real steps on this CPU. All layouts: `make plan-check`."""
+"""Planned bytes against live tensors and messages of real steps on this CPU. All layouts: `make plan-check`."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.planning.measure import CASES, Compared, compare, measure, workspaces
+from tests.planning.measure import CASES, Case, Compared, compare, compare_messages, measure, workspaces
 
 # One of each axis, recomputation, number format and kind of recipe.
 CHOSEN = (
@@ -19,11 +21,25 @@ RESIDENT = ("weights", "gradients", "optimizer", "teacher")
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> list[Compared]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Case], Mapping[str, Path], Mapping[str, Any]]:
     folder = tmp_path_factory.mktemp("planning")
     cases, recipes = [case for case in CASES if case.name in CHOSEN], workspaces(folder)
     assert len(cases) == len(CHOSEN)
-    return list(compare(cases, recipes, measure(cases, recipes, folder / "out")))
+    return cases, recipes, measure(cases, recipes, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def compared(measured: tuple[list[Case], Mapping[str, Path], Mapping[str, Any]]) -> list[Compared]:
+    return list(compare(*measured))
+
+
+def test_messages_are_within_two_percent(
+    measured: tuple[list[Case], Mapping[str, Path], Mapping[str, Any]],
+) -> None:
+    found = list(compare_messages(*measured))
+    assert {axis for _, axis, sent, _ in found if sent} == {"tensor", "pipeline", "data"}
+    for name, axis, sent, planned in found:
+        assert planned == pytest.approx(sent, rel=0.02), (name, axis)
 
 
 def test_the_total_is_within_three_percent(compared: list[Compared]) -> None:
