@@ -127,13 +127,6 @@ def test_the_page(llama: Path, tmp_path: Path) -> None:
     assert page.count("<svg") == 2 and "fits: " in page and "long_text" in page and "stage 1" in page
 
 
-def test_the_recipe_s_comment_is_true(llama: Path, tmp_path: Path) -> None:
-    content = planned(llama, tmp_path / "plan", "llama3_8b_32k_longred_c", "--gpu", "h100-80gb", "--gpus", "8")
-    gibibytes, hours = content["memory_bytes"]["total"] / 2**30, content["hours"]
-    comment = f"on H100 LongReD-C is planned at {gibibytes:.1f} GiB a rank, {hours:.1f} hours"
-    assert comment in (RECIPES / "llama3_8b_32k.yaml").read_text()
-
-
 @pytest.mark.parametrize("name", PUBLISHED_HOURS)
 def test_the_paper_s_hours(name: str, llama: Path, tmp_path: Path) -> None:
     content = planned(llama, tmp_path / "plan", name, "--gpu", "a800-80gb", "--gpus", "8")

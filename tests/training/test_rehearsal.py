@@ -95,14 +95,19 @@ def model_folder(recipe: str, folder: Path) -> Path:
     return write_config(folder / family, CONFIGS[family])
 
 
-def shrunk(name: str, folder: Path, *overrides: str) -> Rehearsal:
+def hf_overrides(name: str, folder: Path) -> list[str]:
+    """A recipe's models as config.json alone, written to `folder`."""
     hf = [f"model.hf={model_folder(name, folder)}"]
     if name in TEACHERS:
         hf.append(f"teacher.hf={write_config(folder / 'teacher', TEACHERS[name])}")
     if name.endswith("restored"):  # the model is a second teacher there
         hf += [f"teacher.hf={write_config(folder / 'teacher', LLAMA_3_1_8B)}"]
         hf += [f"objectives.short_restoration.teacher.hf={model_folder(name, folder)}"]
-    recipe = load_recipe(RECIPES / f"{name}.yaml", [*hf, *overrides])
+    return hf
+
+
+def shrunk(name: str, folder: Path, *overrides: str) -> Rehearsal:
+    recipe = load_recipe(RECIPES / f"{name}.yaml", [*hf_overrides(name, folder), *overrides])
     (folder / "out").mkdir(exist_ok=True)
     return shrink(recipe, folder / "out")
 
