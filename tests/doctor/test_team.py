@@ -52,9 +52,9 @@ def test_a_process_that_dies_is_told_with_its_place() -> None:
 
 def test_a_process_that_hangs_is_ended() -> None:
     started = time.monotonic()
-    with pytest.raises(RanksFailedError, match="no result within 6 seconds; last seen at: a collective"):
-        Team(60).run(hangs, seconds=6)
-    assert time.monotonic() - started < 30
+    with pytest.raises(RanksFailedError, match="no result within 15 seconds; last seen at: a collective"):
+        Team(60).run(hangs, seconds=15)
+    assert time.monotonic() - started < 40
 
 
 def test_no_check_begins_when_the_time_is_over() -> None:

@@ -242,7 +242,8 @@ def _run(place: Path, case: Case) -> None:
     except BaseException:
         traceback.print_exc()
         os._exit(99)
-    (place / "before").write_bytes(pickle.dumps(snapshot(here)))
+    (place / "writing").write_bytes(pickle.dumps(snapshot(here)))
+    (place / "writing").rename(place / "before")  # whole: a signal may come as soon as it is there
     os.environ.update(TMPDIR=str(here / "tmp"), HOME=str(here / "home"))
     for name, value in case.environment.items():
         os.environ.pop(name, None)
