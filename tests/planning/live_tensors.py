@@ -31,7 +31,7 @@ class LiveTensors(TorchDispatchMode):
     def by_part(self) -> dict[str, int]:
         """Live bytes now."""
         found: Counter[str] = Counter()
-        for key, size in self.sizes.items():
+        for key, size in list(self.sizes.items()):  # a copy: a collection may free some while this goes on
             found[self.parts.get(key, "activations")] += size
         return dict(found)
 
