@@ -92,6 +92,8 @@ class StageMemory:
         self.chunks = stage_chunks(phase.source, p, stage)
         self.cost = cache(self._chunk_cost)
         self.memory = cache(self._memory)
+        self.targets = cache(self._targets)
+        self.teacher_working = cache(self._teacher_working)
 
     @cached_property
     def resident(self) -> Bytes:
@@ -134,26 +136,25 @@ class StageMemory:
     def _passes_peak(self, order: Sequence[str], resident: Bytes) -> Peak:
         """Walks through the stage's schedule."""
         pipelined = self.parallel.pipeline > 1
-        targets = dict(enumerate(self._targets(name) for name in order)) if pipelined else {}
-        best = Peak("before the student's passes", {"targets": sum(targets.values())})
-        if pipelined:
-            best = self._teacher_peak(order, sum(targets.values()))
+        targets = dict(enumerate(self.targets(name) for name in order)) if pipelined else {}
+        waiting = sum(targets.values())
+        best = self._teacher_peak(order, waiting) if pipelined else Peak("before the student's passes", {})
         kept: dict[tuple[int, int], float] = {}
         schedule = stage_passes(self.stage, self.parallel.pipeline, len(self.chunks), len(order))
         for chunk, number, backward in schedule:
             name = order[number]
             if not pipelined and not backward:
-                targets[number] = self._targets(name)
+                targets[number] = waiting = self.targets(name)
                 asked = Peak(
                     f"the teacher's pass of {name}",
-                    {"targets": targets[number], "activations": self._teacher_working(name)},
+                    {"targets": targets[number], "activations": self.teacher_working(name)},
                 )
                 best = max(best, asked, key=lambda peak: peak.total)
             own = self.cost(chunk, name)
             others = sum(kept.values()) - kept.get((chunk, number), 0.0)
             now = others + (own.backward if backward else own.forward)
             # A loss's backward pass is the first, and then its targets are free.
-            held = sum(targets.values()) - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
+            held = waiting - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
             peak = Peak(
                 f"{'backward' if backward else 'forward'} pass of {name}, {len(kept) + (not backward)} in flight",
                 {"targets": held, "activations": now},
@@ -162,15 +163,16 @@ class StageMemory:
             if backward:
                 del kept[chunk, number]
                 if chunk == 0:
-                    targets.pop(number, None)
+                    waiting -= targets.pop(number, 0.0)
             else:
                 kept[chunk, number] = own.kept
                 if chunk == len(self.chunks) - 1 and number in targets:
-                    targets[number] -= self._head_target(name)
+                    done = self._head_target(name)
+                    targets[number], waiting = targets[number] - done, waiting - done
         return Peak(best.moment, resident | best.parts | {"inputs": self._inputs(order), "buffers": self._buffers()})
 
     def _teacher_peak(self, order: Sequence[str], targets: float) -> Peak:
-        working = max((self._teacher_working(name) for name in order if self.phase.needs[name].teacher), default=0.0)
+        working = max(map(self.teacher_working, set(order)), default=0.0)
         return Peak("the teachers' passes", {"targets": targets, "activations": working})
 
     def _teacher_working(self, name: str) -> float:
