@@ -10,6 +10,7 @@ from longred_megatron.page import PAGE
 from longred_megatron.planning import search
 from longred_megatron.planning.changes import best_changes
 from longred_megatron.planning.gpus import read_gpu
+from longred_megatron.planning.page import page
 from longred_megatron.planning.plan import Change, PhasePlan, plan_phase, report, to_json
 from longred_megatron.recipe import check_phases, load_recipe, read_phases
 
@@ -69,8 +70,6 @@ def _check(output: Path | None) -> None:
 def _write(
     output: Path, plans: Sequence[PhasePlan], changes: Sequence[Change] = (), found: search.Outcome | None = None
 ) -> None:
-    from longred_megatron.planning.page import page  # matplotlib and torch, which no other part needs
-
     with appearing_folder(output) as partial:
         write_text(partial / PLAN, json.dumps(to_json(plans, changes), indent=1))
         write_text(partial / PAGE, page(plans, changes, found))
