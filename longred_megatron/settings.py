@@ -22,6 +22,7 @@ class Mark(Enum):
     PATH = "a path: relative ones are taken from the folder of the file that names them"
     PHASE = "a phase of a run may change it"
     FREE = "it may change between the parts of one run"
+    OUTPUT = "where something is written beside the run: a rehearsal writes elsewhere"
     TOKENS = "a length in tokens: a rehearsal divides it"
     ENTRIES = "a number of entries of the vocabulary: a rehearsal has fewer"
     LAYERS = "layers of the model, numbered from 1: checked against its depth"

@@ -123,6 +123,8 @@ def _check(
         for phase in phases:
             if phase.recipe.debug.dump_microbatches:
                 try_output(phase.recipe.debug.dump_microbatches / "step", "debug.dump_microbatches")
+            for folder in phase.caches().values():
+                try_output(folder / "values", "teacher.cache")
     data = open_data(phases)
     if is_main:
         _check_models(recipe, phases)

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longred_megatron.families import Architecture
-from longred_megatron.objectives.base import Activations, Head, Needs, Tap
+from longred_megatron.kernels.top_entries import TopEntries
+from longred_megatron.objectives.base import Activations, Head, Needs, Tap, Top
 from longred_megatron.recipe import Phase
 from longred_megatron.training.microbatches import MicroBatch
 
@@ -62,6 +63,7 @@ def plain_step(
             teacher = ours if folder is None else theirs[folder]
             with torch.no_grad():
                 target = _activations(teacher, local, local.teacher_positions, taps, needs.teacher_head)
+                target = _with_top(target, needs.teacher_top)
         own = _activations(ours, local, local.student_positions, needs.pairs.keys(), needs.student_head)
         terms = settings.loss(own, _under_our_taps(needs, target), local, groups)
         loss = torch.stack([term.share for term in terms]).sum()
@@ -91,6 +93,17 @@ def _under_our_taps(needs: Needs, teacher: Activations | None) -> Activations:
     if teacher is None:
         return Activations({}, None, "each tensor rank")
     return replace(teacher, taps={tap: teacher.taps[needs.pairs[tap]] for tap in needs.pairs})
+
+
+def _with_top(teacher: Activations, top: Top | None) -> Activations:
+    """The teacher's likeliest entries in place of its head, where a loss takes these."""
+    if top is None or teacher.head is None:
+        return teacher
+    logits = teacher.head.hidden @ teacher.head.weight[: top.vocab_size].t()
+    likelihoods = (logits.float() / top.temperature).softmax(-1)
+    chosen, entries = likelihoods.topk(top.k)
+    with_rest = torch.cat([chosen, likelihoods.scatter(-1, entries, 0).sum(-1, keepdim=True)], -1)
+    return replace(teacher, head=None, top=TopEntries(entries.int(), with_rest.log(), top.vocab_size))
 
 
 def _activations(model: Any, m: MicroBatch, positions: Tensor, taps: Collection[Tap], head: bool) -> Activations:

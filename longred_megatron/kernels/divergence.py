@@ -9,11 +9,11 @@ and the divergence D by its `direction`, with m = (p_t + p_s) / 2,
 The sum over tokens divided by the number of labels N_i is one term of the step loss
     (1/M) * sum over micro-batches i of weight(o_i) * (1/N_i) * sum over tokens of loss_o(token).
 temperature^2 keeps the size of D's gradient, which falls with 1 / temperature^2 (Hinton et al. 2015, arXiv 1503.02531,
-section 2). With `top_k`, D is over k + 1 buckets: the teacher's k most probable entries of the whole vocabulary (of
-equal ones any, but on all ranks the same) and one with all the rest of each model's probability.
+section 2). `top_entries.py` has D over the teacher's likeliest entries alone.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longred_megatron.kernels.cross_entropy import chunk_cross_entropy, linear_cross_entropy
-from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
+from longred_megatron.kernels.linear_loss import (
+    CHUNK_BYTES,
+    NO_LABEL,
+    ChunkLoss,
+    VocabularyShard,
+    arithmetic_dtype,
+    linear_loss,
+)
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
 
@@ -46,14 +53,13 @@ def linear_distillation(
     vocab_size: int,
     direction: Direction = "forward",
     temperature: float = 1.0,
-    top_k: int | None = None,
     cross_entropy: float = 0.0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """Sum over tokens with a label of this module's loss, a scalar in fp32 (or fp64).
 
-    - top_k: None is every entry. cross_entropy: in [0, 1]; at 1 there need be no teacher.
+    - cross_entropy: in [0, 1]; at 1 there need be no teacher.
     - hidden [tokens, student_hidden] and weight [vocab_local, student_hidden] have one dtype, teacher_hidden
       [tokens, teacher_hidden] and teacher_weight [vocab_local, teacher_hidden] have one dtype: those of the
       products. Softmax, D and sums run in the student's, at least fp32.
@@ -69,21 +75,36 @@ def linear_distillation(
     rows than `vocab_size`.
     """
     shard = VocabularyShard.of(weight, vocab_size, group)
-    _check(hidden, weight, teacher_hidden, teacher_weight, labels, direction, temperature, top_k, cross_entropy)
+    check_settings(hidden, labels, direction, temperature, cross_entropy)
+    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, cross_entropy)
     if teacher_hidden is None or teacher_weight is None or cross_entropy == 1:
         return linear_cross_entropy(
             hidden, weight, labels, vocab_size=vocab_size, group=group, chunk_tokens=chunk_tokens
         )
 
+    def divergence(student: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        teacher = scaled_logits(teacher_hidden[chunk] @ teacher_weight.t(), temperature, shard, student.dtype)
+        return _all_entries(student, teacher, direction, shard)
+
+    chunk_loss = mixed_loss(divergence, labels, temperature, cross_entropy, shard)
+    return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
+
+
+def mixed_loss(
+    divergence: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    labels: Tensor,
+    temperature: float,
+    cross_entropy: float,
+    shard: VocabularyShard,
+) -> ChunkLoss:
+    """The loss of a chunk out of a divergence, which takes the student's logits / temperature (and may overwrite
+    them) and the chunk's tokens, and returns each token's and its gradient by what it took."""
+
     def chunk_loss(logits: Tensor, chunk: slice, _: bool) -> tuple[Tensor, Tensor]:
         if cross_entropy:
             label_loss, label_gradient = chunk_cross_entropy(logits, labels[chunk], shard, True)
-        student = _scaled(logits, temperature, shard, arithmetic_dtype(logits))
-        teacher = _scaled(teacher_hidden[chunk] @ teacher_weight.t(), temperature, shard, student.dtype)
-        if top_k is None or top_k >= vocab_size:
-            token_loss, gradient = _all_entries(student, teacher, direction, shard)
-        else:
-            token_loss, gradient = _top_entries(student, teacher, direction, shard, top_k)
+        student = scaled_logits(logits, temperature, shard, arithmetic_dtype(logits))
+        token_loss, gradient = divergence(student, chunk)
         share = (1 - cross_entropy) * (labels[chunk] != NO_LABEL).to(token_loss.dtype)
         loss = temperature**2 * (share * token_loss).sum()
         # temperature^1: `gradient` is that by logits / temperature.
@@ -93,10 +114,10 @@ def linear_distillation(
             gradient.add_(label_gradient, alpha=cross_entropy)
         return loss, gradient
 
-    return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
+    return chunk_loss
 
 
-def _scaled(logits: Tensor, temperature: float, shard: VocabularyShard, dtype: torch.dtype) -> Tensor:
+def scaled_logits(logits: Tensor, temperature: float, shard: VocabularyShard, dtype: torch.dtype) -> Tensor:
     """logits / temperature in `dtype`, without the padding's; in place where that is the dtype they have."""
     logits = logits.to(dtype)
     if temperature != 1:
@@ -109,68 +130,34 @@ def _all_entries(
     student: Tensor, teacher: Tensor, direction: Direction, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """D of each token [chunk], and its gradient by the student's logits [chunk, vocab_local]. Overwrites both."""
-    _, log_sums = _shift(student, teacher, shard)
+    _, log_sums = shift([student, teacher], shard)
     student -= log_sums[0].unsqueeze(1)
     teacher -= log_sums[1].unsqueeze(1)
-    terms, weighted = _divergence(direction, student, teacher)
+    terms, weighted = divergence_terms(direction, student, teacher)
     sums = torch.stack([terms.sum(-1), weighted.sum(-1)])
     # Tensor-parallel group: its ranks hold the terms of the other entries.
     shard.all_reduce(sums)
     return sums[0], weighted.addcmul_(student.exp_(), sums[1].unsqueeze(1), value=-1)
 
 
-def _top_entries(
-    student: Tensor, teacher: Tensor, direction: Direction, shard: VocabularyShard, k: int
-) -> tuple[Tensor, Tensor]:
-    """`_all_entries` on the teacher's k largest logits and the rest."""
-    top, columns = teacher.topk(min(k, teacher.shape[1]))
-    gathered = [top]
-    if shard.group is not None:
-        # Tensor-parallel group: any of its ranks may hold the largest logits.
-        gathered = [torch.empty_like(top) for _ in range(shard.num_ranks)]
-        dist.all_gather(gathered, top, group=shard.group)
-    # A stable sort of the same numbers: all ranks choose the same entries, also among equal ones.
-    top_teacher, chosen = (one[:, :k] for one in torch.cat(gathered, 1).sort(dim=1, descending=True, stable=True))
-    is_here = chosen // top.shape[1] == shard.rank
-    columns = columns.gather(1, chosen % top.shape[1])
-    top_student = student.gather(1, columns).where(is_here, 0)
-    # Tensor-parallel group: one of its ranks has the student's logit of each.
-    shard.all_reduce(top_student)
-
-    removal = torch.where(is_here, NO_PROBABILITY, 0).to(student.dtype)
-    student.scatter_add_(1, columns, removal)
-    teacher.scatter_add_(1, columns, removal)
-    maxima, log_sums = _shift(student, teacher, shard)
-    log_s, log_t = (
-        torch.cat([top - maximum.unsqueeze(1), log_sum.unsqueeze(1)], 1).log_softmax(1)
-        for top, maximum, log_sum in zip((top_student, top_teacher), maxima, log_sums, strict=True)
-    )
-    terms, weighted = _divergence(direction, log_s, log_t)
-    loss = terms.sum(1)
-    by_bucket = weighted - log_s.exp() * weighted.sum(1, keepdim=True)
-    # An entry of the rest has its share of its bucket's gradient.
-    gradient = student.sub_(log_sums[0].unsqueeze(1)).exp_().mul_(by_bucket[:, k:])
-    return loss, gradient.scatter_add_(1, columns, by_bucket[:, :k].where(is_here, 0))
-
-
-def _shift(student: Tensor, teacher: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+def shift(logits: Sequence[Tensor], shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     """Subtracts from each model's logits [chunk, vocab_local], in place, their maximum over the whole vocabulary.
 
-    Returns the maxima and the logs of sum over the whole vocabulary of exp(logit - maximum), each [2, chunk].
+    Returns the maxima and the logs of sum over the whole vocabulary of exp(logit - maximum), each [models, chunk].
     """
-    maxima = torch.stack([student.amax(1), teacher.amax(1)])
+    maxima = torch.stack([one.amax(1) for one in logits])
     # Tensor-parallel group: its ranks hold the other logits of these tokens.
     shard.all_reduce(maxima, dist.ReduceOp.MAX)
-    student -= maxima[0].unsqueeze(1)
-    teacher -= maxima[1].unsqueeze(1)
-    scratch = torch.empty_like(student)
-    sums = torch.stack([torch.exp(one, out=scratch).sum(1) for one in (student, teacher)])
-    # Tensor-parallel group: the rest of both sums.
+    for one, maximum in zip(logits, maxima, strict=True):
+        one -= maximum.unsqueeze(1)
+    scratch = torch.empty_like(logits[0])
+    sums = torch.stack([torch.exp(one, out=scratch).sum(1) for one in logits])
+    # Tensor-parallel group: the rest of the sums.
     shard.all_reduce(sums)
     return maxima, sums.log()
 
 
-def _divergence(direction: Direction, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+def divergence_terms(direction: Direction, log_s: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
     """The terms of D(p_t, p_s), elementwise from log-probabilities, and p_s * dD/dp_s. Overwrites log_t.
 
     dD/dp_s is given up to a constant, which probabilities that sum to 1 do not feel: the gradient by the student's
@@ -188,32 +175,32 @@ def _divergence(direction: Direction, log_s: Tensor, log_t: Tensor) -> tuple[Ten
     return log_t.exp().mul_(log_t.sub_(log_m)).div_(2).add_(weighted), weighted
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor | None,
-    teacher_weight: Tensor | None,
-    labels: Tensor,
-    direction: str,
-    temperature: float,
-    top_k: int | None,
-    cross_entropy: float,
-) -> None:
-    problems = {
-        f"direction {direction!r} is none of {', '.join(get_args(Direction))}": direction not in get_args(Direction),
-        f"temperature {temperature} is not a positive number": not 0 < temperature < math.inf,
-        f"top_k {top_k} is less than 1; None is the whole vocabulary": top_k is not None and top_k < 1,
-        f"cross_entropy {cross_entropy} is outside [0, 1]": not 0 <= cross_entropy <= 1,
-        f"{len(hidden)} tokens have {len(labels)} labels": len(hidden) != len(labels),
-    }
-    if teacher_hidden is None or teacher_weight is None:
-        problems["only cross_entropy 1 needs no teacher_hidden and teacher_weight"] = cross_entropy != 1
-    else:
-        counts = {
-            "tokens": (len(hidden), len(teacher_hidden)),
-            "rows of the output weight": (len(weight), len(teacher_weight)),
+def check_settings(hidden: Tensor, labels: Tensor, direction: str, temperature: float, cross_entropy: float) -> None:
+    """Raises ValueError for settings out of range, and numbers of tokens that differ."""
+    _refuse(
+        {
+            f"direction {direction!r} is none of {', '.join(get_args(Direction))}": direction
+            not in get_args(Direction),
+            f"temperature {temperature} is not a positive number": not 0 < temperature < math.inf,
+            f"cross_entropy {cross_entropy} is outside [0, 1]": not 0 <= cross_entropy <= 1,
+            f"{len(hidden)} tokens have {len(labels)} labels": len(hidden) != len(labels),
         }
-        for what, (ours, teachers) in counts.items():
-            problems[f"the student has {ours} {what}, the teacher {teachers}"] = ours != teachers
+    )
+
+
+def _check_teacher(
+    hidden: Tensor, weight: Tensor, teacher_hidden: Tensor | None, teacher_weight: Tensor | None, cross_entropy: float
+) -> None:
+    if teacher_hidden is None or teacher_weight is None:
+        _refuse({"only cross_entropy 1 needs no teacher_hidden and teacher_weight": cross_entropy != 1})
+        return
+    counts = {
+        "tokens": (len(hidden), len(teacher_hidden)),
+        "rows of the output weight": (len(weight), len(teacher_weight)),
+    }
+    _refuse({f"the student has {a} {what}, the teacher {b}": a != b for what, (a, b) in counts.items()})
+
+
+def _refuse(problems: dict[str, bool]) -> None:
     if any(problems.values()):
         raise ValueError("; ".join(message for message, is_wrong in problems.items() if is_wrong))

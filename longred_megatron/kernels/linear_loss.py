@@ -75,12 +75,18 @@ def linear_loss(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk_tok
 
     Raises ValueError when chunk_tokens is not positive.
     """
-    if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1")
+    chunk_tokens = tokens_of_chunk(weight, chunk_tokens)
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     return _LinearLoss.apply(hidden, weight, chunk_loss, chunk_tokens, *needs)
+
+
+def tokens_of_chunk(weight: Tensor, chunk_tokens: int | None = None) -> int:
+    """`chunk_tokens`, or as many as CHUNK_BYTES holds. Raises ValueError when it is not positive."""
+    if chunk_tokens is None:
+        return max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens {chunk_tokens} must be at least 1")
+    return chunk_tokens
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -5,7 +5,7 @@ step, the start-up arithmetic, the metrics and the rehearsal ask the class and d
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch.distributed as dist
@@ -15,9 +15,13 @@ from torch import Generator, Tensor
 from longred_megatron.data.sequences import IndexedSequences, Series
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
+from longred_megatron.kernels.top_entries import TopEntries
 from longred_megatron.layout import Parallel
 from longred_megatron.objectives.layers import Layers as Layers
 from longred_megatron.objectives.layers import layer_problems
+from longred_megatron.objectives.needs import Needs as Needs
+from longred_megatron.objectives.needs import Tap as Tap
+from longred_megatron.objectives.needs import Top as Top
 from longred_megatron.precision import Precision
 from longred_megatron.settings import (
     Mark,
@@ -31,45 +35,6 @@ from longred_megatron.settings import (
 )
 
 MAX_MICROBATCHES = 100_000  # what is above is a slip, and its first step would never end
-
-
-class Tap(NamedTuple):
-    """A place in a model. `layer`: from 1; the last layer's hidden state is the one after the final norm.
-
-    query, key, value: of the layer's heads, after RoPE. attention_output: what the layer's attention adds to the
-    hidden state.
-    """
-
-    layer: int
-    what: Literal["hidden", "query", "key", "value", "attention_output"] = "hidden"
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a loss needs of the models; everything else is not computed.
-
-    pairs: {the student's tap: the teacher's that it is compared with}. The two must lie on one pipeline stage.
-    student_head, teacher_head: final hidden states and the language-model head.
-    teacher_is_student: the teacher is the student itself, as it is in this step, without gradients.
-    """
-
-    pairs: Mapping[Tap, Tap] = field(default_factory=dict)
-    student_head: bool = False
-    teacher_head: bool = False
-    teacher_is_student: bool = False
-
-    @property
-    def teacher(self) -> bool:
-        """Whether a teacher runs at all."""
-        return bool(self.pairs) or self.teacher_head
-
-    def teacher_taps(self, num_layers: int) -> set[Tap]:
-        """All places of a teacher of `num_layers` layers whose values are kept."""
-        return {*self.pairs.values()} | ({Tap(num_layers)} if self.teacher_head else set())
-
-    def teacher_depth(self, num_layers: int) -> int:
-        """The last layer that a teacher of `num_layers` layers has to run; 0: none."""
-        return max((tap.layer for tap in self.teacher_taps(num_layers)), default=0)
 
 
 @dataclass(frozen=True)
@@ -90,6 +55,11 @@ class Site:
     @property
     def original_window(self) -> int:
         return self.student.max_position_embeddings
+
+    @property
+    def shared_vocab_size(self) -> int:
+        """Entries that student and teacher have: of one tokenizer, but released models pad it to different sizes."""
+        return min(self.student.vocab_size, self.teacher.vocab_size)
 
     @property
     def rank_tokens(self) -> int:
@@ -131,13 +101,14 @@ class Activations:
     taps: those of the student's that lie in the chunk, also for the teacher's values. Hidden states and attention
     outputs: [tokens, 1, hidden], the context rank's tokens, split over the tensor ranks under sequence parallelism.
     query, key, value: [tokens, 1, heads / tensor, head_dim], all of the context rank's tokens.
-    head: on the last chunk, where it is needed.
+    head, top: on the last chunk, where it is needed.
     hidden_copies: whether each tensor rank has all tokens of a hidden state.
     """
 
     taps: Mapping[Tap, Tensor]
     head: Head | None
     hidden_copies: Copies
+    top: TopEntries | None = None
 
 
 class Term(NamedTuple):
@@ -165,6 +136,14 @@ class Teacher(Settings):
     """The frozen model that the student is compared with; it keeps its own RoPE."""
 
     hf: RecipePath = Field(description="Hugging Face folder of the teacher; left out: model.hf")
+    cache: Annotated[RecipePath | None, Mark.FREE, Mark.OUTPUT] = Field(
+        None,
+        description="folder, on a disk that all ranks share, where what the teacher says of a text is kept and read "
+        "again, by any later layout, order of data or run; null: the teacher runs every time",
+    )
+    cache_format: Literal["exact", "fp8"] = Field(
+        "exact", description="of the kept hidden states; fp8: E4M3 with a scale for each token, half the bytes of bf16"
+    )
 
 
 class Objective(Settings):

@@ -14,7 +14,8 @@ from longred_megatron.kernels import cross_entropy, divergence, positions
 from longred_megatron.kernels.cross_entropy import linear_cross_entropy
 from longred_megatron.kernels.divergence import Direction, linear_distillation
 from longred_megatron.kernels.linear_loss import NO_LABEL
-from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Term
+from longred_megatron.kernels.top_entries import linear_top_distillation
+from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Term, Top
 from longred_megatron.objectives.shared import masked_problems
 from longred_megatron.settings import Mark, PositiveInt
 
@@ -60,7 +61,12 @@ class PackedDistillation(Objective):
         yield from masked_problems(where, self.mask_documents, site)
 
     def needs(self, site: Site) -> Needs:
-        return Needs(student_head=True, teacher_head=self.cross_entropy < 1)
+        if self.cross_entropy == 1:
+            return Needs(student_head=True)
+        top = None
+        if self.top_k is not None:
+            top = Top(site.teacher.num_layers, self.top_k, self.temperature, site.shared_vocab_size)
+        return Needs(student_head=True, teacher_head=True, teacher_top=top)
 
     def masks_documents(self) -> bool:
         return self.mask_documents
@@ -91,25 +97,23 @@ class PackedDistillation(Objective):
     def loss(self, student: Activations, teacher: Activations, batch: Batch, groups: Groups) -> list[Term]:
         if student.head is None:
             return []
-        ours, theirs = student.head, teacher.head
+        ours, theirs, top = student.head, teacher.head, teacher.top
         labels, group = batch.labels.reshape(-1), groups.tp if groups.tp.size() > 1 else None
-        if theirs is None:
-            loss = linear_cross_entropy(ours.hidden, ours.weight, labels, vocab_size=ours.vocab_size, group=group)
+        own = (ours.hidden, ours.weight)
+        settings: dict[str, Any] = {
+            "direction": self.direction,
+            "temperature": self.temperature,
+            "cross_entropy": self.cross_entropy,
+            "group": group,
+        }
+        if top is not None:
+            loss = linear_top_distillation(*own, top, labels, **settings)
+        elif theirs is not None:
+            # One tokenizer, but released models pad their vocabularies to different sizes.
+            vocab_size = min(ours.vocab_size, theirs.vocab_size)
+            loss = linear_distillation(*own, theirs.hidden, theirs.weight, labels, vocab_size=vocab_size, **settings)
         else:
-            loss = linear_distillation(
-                ours.hidden,
-                ours.weight,
-                theirs.hidden,
-                theirs.weight,
-                labels,
-                # One tokenizer, but released models pad their vocabularies to different sizes.
-                vocab_size=min(ours.vocab_size, theirs.vocab_size),
-                direction=self.direction,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                cross_entropy=self.cross_entropy,
-                group=group,
-            )
+            loss = linear_cross_entropy(*own, labels, vocab_size=ours.vocab_size, group=group)
         return [Term(loss / batch.num_valid_tokens, "each tensor rank")]
 
     def working_bytes(self, site: Site) -> float:

@@ -194,20 +194,21 @@ class StageMemory:
 
     def _head_target(self, name: str) -> float:
         """Of these, what the loss of the head alone needs, and only while it runs."""
-        site, needs = self.phase.sites[name], self.phase.needs[name]
-        tap = Tap(site.teacher.num_layers)
-        alone = needs.teacher_head and tap not in needs.pairs.values() and tap in self._teacher_taps(name)
-        return self._tap_bytes(tap, site.teacher, name) if alone else 0.0
+        needs = self.phase.needs[name]
+        alone = (tap for tap in self._teacher_taps(name) if tap not in needs.pairs.values())
+        return sum(self._tap_bytes(tap, self.phase.sites[name].teacher, name) for tap in alone)
 
     def _teacher_taps(self, name: str) -> Iterator[Tap]:
         depth = self.phase.sites[name].teacher.num_layers
         stages = self.parallel.for_depth(depth).layer_stages(depth)
-        return (tap for tap in self.phase.needs[name].teacher_taps(depth) if stages[tap.layer] == self.stage)
+        return (tap for tap in self.phase.needs[name].kept_taps(depth) if stages[tap.layer] == self.stage)
 
     def _tap_bytes(self, tap: Tap, model: Architecture, name: str) -> float:
         tokens = self._tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
         if tap.what in ("hidden", "attention_output"):
             return tokens.own * model.hidden_size * self.size
+        if top := self.phase.needs[name].teacher_top if tap.what in ("entries", "log_probabilities") else None:
+            return tokens.all * 4 * (top.k + (tap.what == "log_probabilities"))
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Needs
+from longred_megatron.planning.cache_size import cache_lines
 from longred_megatron.planning.memory import checkpoint_bytes, fullest_rank
 from longred_megatron.planning.plan import GIB
 from longred_megatron.precision import ATTENTION_NOTE, GRADIENT_BYTES, Precision
@@ -42,6 +43,7 @@ def phases_summary(phases: Sequence[Phase], world_size: int, gpu: bool) -> str:
             different = (block for block in own if block not in shared)
             lines += [(f"  {label}", text) for block in different for label, text in block.lines(brief=True)]
         lines.append(("tokens in all phases", f"{phases[-1].last_token:,} in {phases[-1].last_step:,} steps"))
+    lines += [("teacher cache", line) for line in cache_lines(phases)]
     width = max(len(label) for label, _ in lines)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in lines)
 

@@ -35,6 +35,7 @@ def check_phase(phase: Phase, world_size: int, *, gpu: bool | None = None, phase
         *_rope_problems(phase),
         *(p for n, o in recipe.objectives.items() for p in o.problems(f"objectives.{n}", phase.sites[n])),
         *_teacher_problems(phase, phases),
+        *_cache_problems(phase, phases),
         *_data_problems(recipe, [each.recipe for each in phases]),
         *_model_cut_problems(recipe, "model.hf", source),
         *(
@@ -88,6 +89,18 @@ def _teacher_problems(phase: Phase, phases: Sequence[Phase]) -> Iterator[str]:
             f"`teacher.hf` is {hf}: has no effect, since no objective compares with it; remove it, or add an objective "
             "that does"
         )
+
+
+def _cache_problems(phase: Phase, phases: Sequence[Phase]) -> Iterator[str]:
+    """Settings of a cache that nothing is kept in."""
+    recipe = phase.recipe
+    sections = {f"objectives.{name}.teacher": each.teacher for name, each in recipe.objectives.items() if each.teacher}
+    for where, settings in {"teacher": recipe.teacher, **sections}.items():
+        if settings.cache is None and settings.cache_format != "exact":
+            yield f"`{where}.cache_format` is {settings.cache_format!r}: has no effect without `{where}.cache`"
+    folder = recipe.teacher.cache
+    if folder is not None and not any(folder in each.caches().values() for each in (phase, *phases)):
+        yield f"`teacher.cache` is {folder}: has no effect, since no objective compares with that teacher; remove it"
 
 
 def _data_problems(recipe: Recipe, phases: Sequence[Recipe]) -> Iterator[str]:

@@ -53,6 +53,11 @@ class Phase:
         """The objectives that compare with a teacher, and what they need."""
         return {name: needs for name, needs in self.needs.items() if self.teacher_of(name) == teacher}
 
+    def caches(self) -> dict[str, Path]:
+        """{objective: the folder that keeps what its teacher says}, of those that have one."""
+        folders = {name: self.recipe.teacher_of(name).cache for name in self.needs if self.teacher_of(name)}
+        return {name: folder for name, folder in folders.items() if folder is not None}
+
     @property
     def last_step(self) -> int:
         """Steps are numbered from 1 over the whole run."""

@@ -138,7 +138,7 @@ class Training(Settings):
 class Debug(Settings):
     """Aids for checking a run."""
 
-    dump_microbatches: RecipePath | None = Field(
+    dump_microbatches: Annotated[RecipePath | None, Mark.OUTPUT] = Field(
         None,
         description="folder for every micro-batch as safetensors, one file per step and replica; null: none",
     )

@@ -9,8 +9,9 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from longred_megatron.kernels.top_entries import TopEntries, linear_top_entries
 from longred_megatron.model.chunk import ModelChunk
-from longred_megatron.objectives.base import Activations, Copies, Head, Needs, Tap, Term
+from longred_megatron.objectives.base import Activations, Copies, Head, Needs, Tap, Term, Top
 from longred_megatron.training.microbatches import MicroBatch
 
 
@@ -32,18 +33,34 @@ def chunk_terms(
         values: the student's, by its taps. targets: the teacher's, by the teacher's taps.
     """
     copies: Copies = "split over tensor ranks" if chunk.config.sequence_parallel else "each tensor rank"
-    heads: list[Head | None] = [None, None]
+    own_head, their_head, top = None, None, None
     if chunk.post_process and needs.student_head:
-        heads[0] = _head(chunk, output, groups)
-    if chunk.post_process and needs.teacher_head:
+        own_head = head(chunk, output, groups)
+    if chunk.post_process and needs.teacher_top:
+        entries, log_probabilities = (targets[tap].squeeze(1) for tap in needs.teacher_top.taps())
+        top = TopEntries(entries, log_probabilities, needs.teacher_top.vocab_size)
+    elif chunk.post_process and needs.teacher_head:
         assert teacher is not None
-        heads[1] = _head(teacher, targets[Tap(teacher.architecture.num_layers)], groups)
-    student = Activations(values, heads[0], copies)
-    theirs = Activations({tap: targets[needs.pairs[tap]] for tap in values}, heads[1], copies)
+        their_head = head(teacher, targets[Tap(teacher.architecture.num_layers)], groups)
+    student = Activations(values, own_head, copies)
+    theirs = Activations({tap: targets[needs.pairs[tap]] for tap in values}, their_head, copies, top)
     return microbatch.settings.loss(student, theirs, microbatch, groups)
 
 
-def _head(chunk: ModelChunk, output: Tensor, groups: ProcessGroupCollection) -> Head:
+def top_entries(chunk: ModelChunk, output: Tensor, top: Top, groups: ProcessGroupCollection) -> dict[Tap, Tensor]:
+    """What is kept of a teacher's last chunk's output [tokens, 1, hidden], all tokens on every tensor rank.
+
+    [tokens, 1, k or k + 1] each.
+    """
+    own = head(chunk, output, groups)
+    group = groups.tp if groups.tp.size() > 1 else None
+    found = linear_top_entries(
+        own.hidden, own.weight, top.k, vocab_size=top.vocab_size, temperature=top.temperature, group=group
+    )
+    return dict(zip(top.taps(), (found.entries.unsqueeze(1), found.log_probabilities.unsqueeze(1)), strict=True))
+
+
+def head(chunk: ModelChunk, output: Tensor, groups: ProcessGroupCollection) -> Head:
     """All tokens on every tensor rank, for its part of the vocabulary; backward sums the gradient's parts."""
     if chunk.config.sequence_parallel:
         hidden = gather_from_sequence_parallel_region(output, tensor_parallel_output_grad=True, group=groups.tp)

@@ -6,8 +6,8 @@ All of it is a pure function of the recipe and the step's number.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from torch import Tensor
 from longred_megatron.data.sequences import SequenceSource
 from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_whole, save_tensors
-from longred_megatron.objectives.base import Batch, Objective
+from longred_megatron.objectives.base import Batch, Groups, Objective, Tap
+from longred_megatron.parallel.context import cut_for_context_rank
 from longred_megatron.planning.order import microbatch_order, replica_indices
 from longred_megatron.recipe import Phase
 
@@ -32,6 +33,8 @@ class MicroBatch(Batch):
     settings: Objective
     student_length: int | None = None  # largest position + 1 of the whole micro-batch; known once it is cut
     teacher_length: int | None = None
+    keys: Sequence[Mapping[Tap, str]] | None = None  # of the teacher's values of each sequence, where they are kept
+    cached: Mapping[Tap, Tensor] | None = None  # this rank's part of them, if they are there
 
 
 class MicroBatchSource:
@@ -113,6 +116,34 @@ def stable_hash(*parts: str | int) -> int:
     """63 bits that depend on `parts` alone; Python's own `hash` of a text changes with every process."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def local_part(microbatch: MicroBatch, groups: Groups) -> MicroBatch:
+    """That of this context-parallel rank, on its device."""
+    device, cp = torch.cuda.current_device(), groups.cp
+    whole, documents = microbatch.settings.whole_sequences, microbatch.documents
+    if documents is not None and whole:
+        share = len(documents) // cp.size()
+        documents = documents[cp.rank() * share : (cp.rank() + 1) * share]
+
+    def cut(x: Tensor) -> Tensor:
+        return cut_for_context_rank(x, cp.rank(), cp.size(), whole).to(device, non_blocking=True)
+
+    return replace(
+        microbatch,
+        tokens=cut(microbatch.tokens),
+        labels=cut(microbatch.labels),
+        student_positions=cut(microbatch.student_positions),
+        teacher_positions=None if microbatch.teacher_positions is None else cut(microbatch.teacher_positions),
+        documents=documents,
+        student_length=_length(microbatch.student_positions),
+        teacher_length=_length(microbatch.teacher_positions),
+    )
+
+
+def _length(positions: Tensor | None) -> int | None:
+    """Largest position + 1, of the whole micro-batch: all context ranks must rotate alike."""
+    return None if positions is None else int(positions.max()) + 1
 
 
 def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica: int) -> Path:

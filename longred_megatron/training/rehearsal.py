@@ -159,7 +159,7 @@ def _description(run: PhaseRun) -> dict[str, str]:
     if any(needs.teacher_head for needs in phase.needs.values()):
         compared.add(phase.source.num_layers)
     parts = {"pre_process": "embedding", "post_process": "head"}
-    teachers = [_spans(chunk.layer_numbers()) for chunks in run.train_step.teachers.values() for chunk in chunks]
+    teachers = [_spans(chunk.layer_numbers()) for chunks in run.train_step.teachers.models.values() for chunk in chunks]
     return {
         **{name: str(rank) for name, rank in place.items()},
         "layers": ", ".join([*(_spans(chunk.layer_numbers()) for chunk in run.chunks), *(parts[end] for end in ends)]),

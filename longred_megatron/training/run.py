@@ -29,11 +29,13 @@ from longred_megatron.planning.order import last_reach_all, microbatch_order
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
 from longred_megatron.training import run_folder
+from longred_megatron.training.cached_targets import CachedTargets
 from longred_megatron.training.microbatches import MicroBatch, MicroBatchSource, dump
 from longred_megatron.training.optimizer import build_optimizer, data_parallel, set_hyperparameters, train_only
 from longred_megatron.training.saver import CheckpointSaver
 from longred_megatron.training.signals import StopRequest
 from longred_megatron.training.step import TrainStep
+from longred_megatron.training.teachers import Teachers
 from longred_megatron.training.watchdog import Watchdog
 
 LoadWeights = Callable[[Sequence[ModelChunk], Path, Architecture, ProcessGroupCollection], None]
@@ -77,8 +79,11 @@ def build(
     chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     load(chunks, recipe.model.hf, student, groups)
     train_only(recipe.training.trainable, chunks, student)
-    teachers = {hf: build_teacher(phase, hf, student, groups, load) for hf in phase.teachers}
 
+    def build_one(hf: Path, layers: bool) -> list[ModelChunk]:
+        return build_teacher(phase, hf, student, groups, load, layers)
+
+    teachers = Teachers(phase, groups, chunks, build_one, CachedTargets(phase, groups))
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
     reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
     wrapped = data_parallel(chunks, groups, on_gpu() and reach_all, recipe.parallel.overlap_param_gather)
@@ -89,12 +94,17 @@ def build(
 
 
 def build_teacher(
-    phase: Phase, hf: Path, student: Architecture, groups: ProcessGroupCollection, load: LoadWeights
+    phase: Phase,
+    hf: Path,
+    student: Architecture,
+    groups: ProcessGroupCollection,
+    load: LoadWeights,
+    layers: bool = True,
 ) -> list[ModelChunk]:
     """A frozen teacher on the student's stages, split over them by its own depth, up to the deepest layer that any
     objective needs of it, with a head where one does.
 
-    It lives outside the student's modules, optimizer and checkpoints.
+    It lives outside the student's modules, optimizer and checkpoints. layers: false for its head alone.
     """
     recipe, teacher = phase.recipe, phase.teachers[hf]
     parallel = recipe.parallel.of_teacher(teacher.num_layers)
@@ -103,7 +113,8 @@ def build_teacher(
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
     chunks = build_chunks(untied, parallel, recipe.precision.of_teacher(), groups, vocab_rows=rows)
     needs = phase.taught_by(hf).values()
-    depth, keep_head = max(n.teacher_depth(teacher.num_layers) for n in needs), any(n.teacher_head for n in needs)
+    depth = max(n.teacher_depth(teacher.num_layers) for n in needs) if layers else 0
+    keep_head = any(n.teacher_head for n in needs)
     for chunk in chunks:
         chunk.truncate(depth, keep_head)
         chunk.eval().requires_grad_(False)
@@ -163,7 +174,7 @@ def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: in
     shown = ("loss", *(f"loss/{name}" for name in phase.recipe.objectives))
     writer = m.MetricsWriter(folder, last, first, sys.stdout, shown, len(phases)) if run.is_main else None
     saver = CheckpointSaver(whole, watchdog)
-    with StopRequest() as stop, closing(writer) if writer else nullcontext(), saver:
+    with StopRequest() as stop, closing(writer) if writer else nullcontext(), saver, closing(run.train_step.teachers):
         for step, microbatches in _prefetched(run, first, phase.last_step):
             watchdog.progress(f"step {step}")
             metrics = {"step": step} | ({"phase": phase.number} if whole.phases else {})
@@ -215,14 +226,18 @@ def _one_step(
 
 def _prefetched(run: PhaseRun, first: int, last: int) -> Iterator[tuple[int, list[MicroBatch]]]:
     """(step, micro-batches of this replica); those of the next step are read while the current one trains."""
-    dp = run.groups.dp
+    dp, cache = run.groups.dp, run.train_step.teachers.cache
+
+    def read(step: int) -> list[MicroBatch]:
+        return cache.read(run.data.step(step, dp.rank(), dp.size()))
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
-        pending = reader.submit(run.data.step, first, dp.rank(), dp.size()) if first <= last else None
+        pending = reader.submit(read, first) if first <= last else None
         for step in range(first, last + 1):
             assert pending is not None
             microbatches = pending.result()
             if step < last:
-                pending = reader.submit(run.data.step, step + 1, dp.rank(), dp.size())
+                pending = reader.submit(read, step + 1)
             yield step, microbatches
 
 

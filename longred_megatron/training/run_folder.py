@@ -1,7 +1,6 @@
 """The run folder: whose it is, where its checkpoints lie, which are kept."""
 
 import os
-import re
 import shutil
 from itertools import chain, count
 from pathlib import Path
@@ -14,11 +13,10 @@ from longred_megatron.checkpoint.of_run import checkpoints
 from longred_megatron.errors import UserError, listed
 from longred_megatron.files import PARTIAL, reason, remove_unfinished
 from longred_megatron.recipe import Recipe, convert_paths, dump_recipe, load_recipe, phases_of
-from longred_megatron.settings import Mark, marked_keys
+from longred_megatron.settings import Mark, convert_marked
 from longred_megatron.training.run_lock import LOCK
 
-# What may change between the parts of one run, beside how far it goes: on what it runs, what it keeps.
-_FREE_KEYS = tuple(marked_keys(Recipe, Mark.FREE))
+_FREE = "may change"  # in place of a value that may, between the parts of one run
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -84,11 +82,13 @@ def _check_same(stored: Path, recipe: Recipe) -> None:
     paths: list[Any] = []
     convert_paths(before, paths.append)
     now = convert_paths(now, lambda path: _before_a_move(path, recipe.run.dir, earlier.run.dir, paths))
-    old, new = _flat(before), _flat(now)
+    old, new = _flat(_without_free(before)), _flat(_without_free(now))
     # Of phases only the last may change its length: an earlier one may be over, and later steps would move.
     length = f"phases[{len(recipe.phases) - 1}].training.steps" if recipe.phases else "training.steps"
     changed = [
-        k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k != length and not _is_free(k)
+        k
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k) and k != length and _FREE not in (old.get(k), new.get(k))
     ]
     if changed:
         listing = "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed[:5])
@@ -150,6 +150,9 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_free(key: str) -> bool:
-    key = re.sub(r"^phases\[\d+\]\.", "", key)
-    return any(key == free or key.startswith(f"{free}.") for free in _FREE_KEYS)
+def _without_free(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values, and its phases' changes, without what may change: on what it runs, what it keeps."""
+    fixed: dict[str, Any] = convert_marked(values, Recipe, Mark.FREE, lambda _: _FREE)
+    if fixed["phases"]:
+        fixed["phases"] = [convert_marked(change, Recipe, Mark.FREE, lambda _: _FREE) for change in fixed["phases"]]
+    return fixed

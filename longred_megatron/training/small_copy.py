@@ -61,7 +61,6 @@ def small_copy(recipe: Recipe, phases: Sequence[Phase], folder: Path, sizes: Siz
     values["model"]["hf"] = str(student)
     if values["phases"]:
         values["phases"] = [_shrunk(change, small, factor, sizes.head_dim, folder) for change in values["phases"]]
-    values["debug"]["dump_microbatches"] = None
     values["run"]["dir"] = str(folder / "run")
     return values, [
         f"all lengths and windows: divided by {factor}",
@@ -88,6 +87,7 @@ def _shrunk(
     """A recipe's values, or a phase's changes, with the small models and texts of `folder`, lengths divided."""
     changes: dict[Mark, Callable[[Any], Any]] = {
         Mark.PATH: lambda path: str(models.get(path, path)),
+        Mark.OUTPUT: lambda path: path and str(folder / "outputs" / Path(path).name),
         Mark.TOKENS: lambda length: length and max(1, length // factor),
         Mark.ENTRIES: lambda entries: entries and min(entries, VOCABULARY // 2),
     }

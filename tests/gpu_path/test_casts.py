@@ -53,7 +53,7 @@ def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessG
     precision = {"params": "bf16", "fp8": "hybrid"}
     run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
     casts: list[int] = []
-    for chunk in (chunk for chunks in run.train_step.teachers.values() for chunk in chunks):
+    for chunk in (chunk for chunks in run.train_step.teachers.models.values() for chunk in chunks):
         chunk.register_forward_pre_hook(lambda *_: casts.append(-install.calls["quantize"]))
         chunk.register_forward_hook(lambda *_: casts.append(install.calls["quantize"]))
     run.train_step.forward_backward(run.data.step(1, 0, 1))

@@ -205,7 +205,7 @@ def test_the_teacher_is_not_in_fp8(tmp_path: Path, groups: ProcessGroupCollectio
     for settings, teacher in (("{fp8: hybrid}", None), ("{fp8: hybrid, teacher_fp8: true}", "hybrid")):
         run = build_run(path, groups, f"precision={settings}")
         assert {chunk.config.fp8 for chunk in run.chunks} == {"hybrid"}
-        [chunks] = run.train_step.teachers.values()
+        [chunks] = run.train_step.teachers.models.values()
         assert {chunk.config.fp8 for chunk in chunks} == {teacher}
 
 

@@ -65,7 +65,7 @@ def test_a_recipe_is_built(name: str, tmp_path: Path, groups: ProcessGroupCollec
     path.write_text(dump_recipe(rehearsal.recipe))
     for phase in read_phases(load_recipe(path)):
         run = build(phase, MicroBatchSource(phase), groups)
-        models = [run.chunks, *run.train_step.teachers.values()]
+        models = [run.chunks, *run.train_step.teachers.models.values()]
         assert all(layer.self_attention.core_attention.attention_type == "cross" for m in models for layer in layers(m))
         assert {p.dtype for m in models for chunk in m for p in chunk.parameters()} == {torch.bfloat16}
 

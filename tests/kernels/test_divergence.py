@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from torch.nn import functional as F
 
 from longred_megatron.kernels.divergence import linear_distillation
+from longred_megatron.kernels.top_entries import linear_top_distillation, linear_top_entries
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 9, 13
 SCALE = 0.37  # of the loss, as the caller's divisor and weight
@@ -63,9 +64,18 @@ def reference(
     return [loss.detach(), hidden.grad, weight.grad]
 
 
+def distillation(hidden, weight, teacher_hidden, teacher_weight, labels, top_k=None, **settings) -> torch.Tensor:
+    """From all entries, or from the teacher's likeliest, which are found first."""
+    if top_k is None or top_k >= VOCAB:
+        return linear_distillation(hidden, weight, teacher_hidden, teacher_weight, labels, vocab_size=VOCAB, **settings)
+    shared = {key: settings[key] for key in ("temperature", "group", "chunk_tokens") if key in settings}
+    top = linear_top_entries(teacher_hidden, teacher_weight, top_k, vocab_size=VOCAB, **shared)
+    return linear_top_distillation(hidden, weight, top, labels, **settings)
+
+
 def computed(hidden, weight, *others, **settings) -> list[torch.Tensor]:
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    loss = linear_distillation(hidden, weight, *others, vocab_size=VOCAB, **settings)
+    loss = distillation(hidden, weight, *others, **settings)
     (SCALE * loss).backward()
     return [loss.detach(), hidden.grad, weight.grad]
 
@@ -133,7 +143,7 @@ def test_the_teacher_gets_no_gradient():
     tensors = inputs(torch.float32)
     for tensor in tensors[:4]:
         tensor.requires_grad_()
-    linear_distillation(*tensors, vocab_size=VOCAB, top_k=5).backward()
+    distillation(*tensors, top_k=5).backward()
     assert [tensor.grad is None for tensor in tensors[:4]] == [False, False, True, True]
 
 
@@ -159,9 +169,8 @@ def test_labels_matter_to_the_cross_entropy_alone_and_the_teacher_to_the_diverge
         ({"direction": "backward"}, "direction 'backward' is none of forward, reverse, jensen_shannon"),
         ({"temperature": 0}, "temperature 0 is not"),
         ({"temperature": float("nan")}, "temperature nan is not"),
-        ({"top_k": 0}, "top_k 0 is less than 1"),
         ({"cross_entropy": 1.5}, r"cross_entropy 1.5 is outside \[0, 1\]"),
-        ({"cross_entropy": -1, "top_k": -1}, "top_k -1 .*; cross_entropy -1"),
+        ({"cross_entropy": -1, "temperature": -1}, "temperature -1 .*; cross_entropy -1"),
         ({"chunk_tokens": 0}, "chunk_tokens 0 must be at least 1"),
         ({"vocab_size": 14}, "vocab_size 14 exceeds the 1 x 13 rows"),
         ({"labels": torch.zeros(3)}, "11 tokens have 3 labels"),
@@ -178,6 +187,20 @@ def test_wrong_arguments_are_refused(changes, message):
     arguments = dict(zip(names, inputs(torch.float32), strict=True)) | {"vocab_size": VOCAB} | changes
     with pytest.raises(ValueError, match=message):
         linear_distillation(**arguments)
+
+
+@pytest.mark.parametrize("k", [0, VOCAB])
+def test_a_number_of_entries_that_says_nothing_is_refused(k):
+    _, _, teacher_hidden, teacher_weight, _ = inputs(torch.float32)
+    with pytest.raises(ValueError, match=f"k {k} is outside 1 to {VOCAB - 1}"):
+        linear_top_entries(teacher_hidden, teacher_weight, k, vocab_size=VOCAB)
+
+
+def test_entries_of_other_tokens_are_refused():
+    hidden, weight, teacher_hidden, teacher_weight, labels = inputs(torch.float32)
+    top = linear_top_entries(teacher_hidden[:3], teacher_weight, 5, vocab_size=VOCAB)
+    with pytest.raises(ValueError, match=f"the student has {TOKENS} tokens, the teacher 3"):
+        linear_top_distillation(hidden, weight, top, labels)
 
 
 # Ranks, rows on each: 13 entries as 7 + 6, 8 + 5, 4 + 4 + 4 + 1, and 7 + 6 and two ranks of nothing but padding.

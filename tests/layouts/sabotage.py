@@ -11,36 +11,37 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from longred_megatron.model import chunk, injection
-from longred_megatron.objectives.base import Term
+from longred_megatron.objectives.base import Groups, Term
 from longred_megatron.objectives.relations import Relations
 from longred_megatron.parallel import context
 from longred_megatron.training import metrics, step
 from longred_megatron.training.microbatches import MicroBatch
+from longred_megatron.training.teachers import Teachers
 
 
 @contextmanager
 def positions_not_cut() -> Iterator[None]:
     """Every context-parallel rank takes the first of the positions, not its own."""
-    cut = step.TrainStep._cut
+    cut = step.local_part
 
-    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> MicroBatch:
-        local, size = cut(self, microbatch), self.groups.cp.size()
+    def faulty(microbatch: MicroBatch, groups: Groups) -> MicroBatch:
+        local, size = cut(microbatch, groups), groups.cp.size()
         return replace(local, student_positions=microbatch.student_positions.chunk(size, dim=1)[0])
 
-    with patch.object(step.TrainStep, "_cut", faulty):
+    with patch.object(step, "local_part", faulty):
         yield
 
 
 @contextmanager
 def length_of_own_rank() -> Iterator[None]:
     """A RoPE that depends on the length takes the largest position of the rank's own part."""
-    cut = step.TrainStep._cut
+    cut = step.local_part
 
-    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> MicroBatch:
-        local = cut(self, microbatch)
+    def faulty(microbatch: MicroBatch, groups: Groups) -> MicroBatch:
+        local = cut(microbatch, groups)
         return replace(local, student_length=int(local.student_positions.max()) + 1)
 
-    with patch.object(step.TrainStep, "_cut", faulty):
+    with patch.object(step, "local_part", faulty):
         yield
 
 
@@ -132,13 +133,13 @@ def tap_of_another_microbatch() -> Iterator[None]:
 @contextmanager
 def teacher_of_another_objective() -> Iterator[None]:
     """All objectives are compared with the first teacher."""
-    chosen = step.TrainStep._teacher_chunks
+    chosen = Teachers.of
 
-    def faulty(self: step.TrainStep, microbatch: MicroBatch) -> Any:
+    def faulty(self: Teachers, microbatch: MicroBatch) -> Any:
         own = chosen(self, microbatch)
-        return next(iter(self.teachers.values())) if own and microbatch.settings.teacher else own
+        return next(iter(self.models.values())) if own and microbatch.settings.teacher else own
 
-    with patch.object(step.TrainStep, "_teacher_chunks", faulty):
+    with patch.object(Teachers, "of", faulty):
         yield
 
 
@@ -155,6 +156,19 @@ def head_not_gathered() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def teacher_asked() -> Iterator[None]:
+    """No fault: the step ends where it runs a frozen teacher."""
+    ask = Teachers._ask
+
+    def refuse(self: Teachers, microbatch: MicroBatch, *arguments: Any) -> torch.Tensor:
+        assert self.phase.needs[microbatch.objective].teacher_is_student, f"{microbatch.objective}: asks its teacher"
+        return ask(self, microbatch, *arguments)
+
+    with patch.object(Teachers, "_ask", refuse):
+        yield
+
+
 SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     fault.__name__: fault
     for fault in (
@@ -168,5 +182,6 @@ SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
         tap_of_another_microbatch,
         teacher_of_another_objective,
         head_not_gathered,
+        teacher_asked,
     )
 }

@@ -13,7 +13,7 @@ from tests.training.workspace import build_run, make_workspace
 def test_a_truncated_teacher_has_no_layer_above_and_no_head(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     overrides = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1, 2]")
     run = build_run(make_workspace(tmp_path), groups, *overrides)
-    [[teacher]] = run.train_step.teachers.values()
+    [[teacher]] = run.train_step.teachers.models.values()
     assert list(teacher.layer_numbers()) == [1, 2]
     assert not hasattr(teacher, "output_layer")
     assert not any(parameter.requires_grad for parameter in teacher.parameters())

@@ -161,14 +161,14 @@ def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
     """{moment: {part: bytes}} and {axis: bytes sent} of the second step; the first makes the optimizer's state."""
     groups, step = run.groups, run.train_step
     live = LiveTensors()
-    ask = step._ask_teacher
+    ask = step.teachers._ask
 
     def ask_and_mark(microbatch: Any, chunk: Any, targets: dict[Any, Any]) -> Any:
         output = ask(microbatch, chunk, targets)
         live.mark(targets.values(), "targets")
         return output
 
-    step._ask_teacher = ask_and_mark  # type: ignore[method-assign]
+    step.teachers._ask = ask_and_mark  # type: ignore[method-assign]
     for number in (1, 2):
         set_hyperparameters(run.optimizer, run.phase.recipe.optimizer, number, 2)
         batches = run.data.step(number, groups.dp.rank(), groups.dp.size())
@@ -192,7 +192,7 @@ def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
 
 
 def _mark_resident(live: LiveTensors, run: PhaseRun) -> None:
-    for teacher in run.train_step.teachers.values():
+    for teacher in run.train_step.teachers.models.values():
         live.mark((p for chunk in teacher for p in chunk.parameters()), "teacher")
     chained = getattr(run.optimizer, "chained_optimizers", [run.optimizer])
     states = [state for each in chained for state in each.optimizer.state.values()]

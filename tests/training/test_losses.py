@@ -32,7 +32,7 @@ def terms_of(run: Any, objective: str, monkeypatch: pytest.MonkeyPatch) -> list[
 
     monkeypatch.setattr(type(batch.settings), "loss", loss)
     needs, chunk = run.phase.needs[objective], run.chunks[0]
-    [teacher] = [chunk] if needs.teacher_is_student else run.train_step.teachers[run.phase.teacher_of(objective)]
+    [teacher] = [chunk] if needs.teacher_is_student else run.train_step.teachers.models[run.phase.teacher_of(objective)]
     with torch.no_grad():
         taps = needs.teacher_taps(4)
         _, targets = teacher(batch.tokens, batch.teacher_positions, taps)

@@ -107,7 +107,7 @@ def test_documents_and_positions_of_a_pack(mask_documents, restart_positions, tm
 def test_settings_of_the_loss(settings, recompute, tmp_path, groups):
     teacher = () if settings.get("cross_entropy") == 1 else (f"teacher.hf={tmp_path / 'large'}",)
     run = build_run(make_packed(tmp_path, **settings), groups, *ALONE, *teacher, f"training.recompute={recompute}")
-    assert bool(run.train_step.teachers) == bool(teacher)
+    assert bool(run.train_step.teachers.models) == bool(teacher)
     assert_same(run)
 
 

@@ -141,7 +141,7 @@ import weakref
 def built(*args):
     freed.extend(p() is None for p in alive)
     run = build(*args)
-    teachers = (chunk for chunks in run.train_step.teachers.values() for chunk in chunks)
+    teachers = (chunk for chunks in run.train_step.teachers.models.values() for chunk in chunks)
     alive.extend(weakref.ref(p) for chunk in (*run.chunks, *teachers) for p in chunk.parameters())
     return run
 alive = []

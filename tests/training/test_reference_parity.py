@@ -117,7 +117,7 @@ def test_rope_scaling_of_the_student(method: str, tmp_path: Path, groups: Proces
 def test_the_teacher_computes_only_what_a_loss_needs(tmp_path: Path, groups: ProcessGroupCollection) -> None:
     overrides = ("objectives.short_to_long=null", "objectives.short_restoration.layers=[1]")
     run = build_run(make_workspace(tmp_path), groups, *overrides)
-    [teacher] = run.train_step.teachers.values()
+    [teacher] = run.train_step.teachers.models.values()
     names = [name for chunk in teacher for name, _ in chunk.named_parameters()]
     assert not any(part in name for name in names for part in ("layers.1", "layers.2", "output_layer"))
     assert_same(run, run.data.step(1, 0, 1))

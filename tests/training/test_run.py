@@ -113,7 +113,7 @@ from longred_megatron.training import run as runs
 seen = {}
 build = runs.build
 def parameters_of_teachers(run):
-    return [p for chunks in run.train_step.teachers.values() for chunk in chunks for p in chunk.parameters()]
+    return [p for chunks in run.train_step.teachers.models.values() for chunk in chunks for p in chunk.parameters()]
 def spy(*args):
     run = build(*args)
     seen["run"], seen["before"] = run, [p.clone() for p in parameters_of_teachers(run)]

@@ -38,7 +38,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Calls]:
 
     def watch(run: Any) -> Calls:
         calls: Calls = []
-        chunks = [chunk for each in (run.chunks, *run.train_step.teachers.values()) for chunk in each]
+        chunks = [chunk for each in (run.chunks, *run.train_step.teachers.models.values()) for chunk in each]
         for chunk in chunks:
             chunk.register_forward_hook(
                 lambda module, arguments, result: calls.append((module, arguments[0].shape[1], set(result[1])))
@@ -65,7 +65,7 @@ def test_models_run_where_a_loss_needs_them(
     run = build_run(two_teachers, groups)
     calls = watched(run)
     run.train_step.forward_backward(run.data.step(1, 0, 1))
-    teacher, other = (chunks[0] for chunks in run.train_step.teachers.values())
+    teacher, other = (chunks[0] for chunks in run.train_step.teachers.models.values())
     assert [taps for model, _, taps in calls if model is teacher] == 2 * [{Tap(1), Tap(2)}]
     assert list(teacher.layer_numbers()) == [1, 2]  # no layer above the deepest compared one
     assert [(length, taps) for model, length, taps in calls if model is other] == 2 * [(16, {Tap(2), Tap(4)})]
@@ -96,7 +96,7 @@ def test_what_a_teacher_gave_is_dropped_before_the_next_one_is_asked(
             living.append(sum(any(not each.expired() for each in values) for values in given))
             given.append([StorageWeakRef(value.untyped_storage()) for value in result[1].values()])
 
-    for chunks in (run.chunks, *run.train_step.teachers.values()):
+    for chunks in (run.chunks, *run.train_step.teachers.models.values()):
         chunks[0].register_forward_hook(watch)
     run.train_step.forward_backward(run.data.step(1, 0, 1))
     assert living == 6 * [0]
@@ -107,7 +107,7 @@ def test_the_seconds_of_teachers_are_those_of_every_micro_batch(
     two_teachers: Path, groups: ProcessGroupCollection
 ) -> None:
     run = build_run(two_teachers, groups)
-    for chunks in run.train_step.teachers.values():
+    for chunks in run.train_step.teachers.models.values():
         chunks[0].register_forward_hook(lambda *_: time.sleep(0.05))
     run.chunks[0].register_forward_hook(lambda *_: time.sleep(0.3 * torch.is_grad_enabled()))
     assert 4 * 0.05 < run.train_step(run.data.step(1, 0, 1)).teacher_seconds < 8 * 0.3
@@ -139,9 +139,9 @@ def test_a_teacher_leaves_the_student_and_its_gradients_alone(
     two_teachers: Path, groups: ProcessGroupCollection
 ) -> None:
     run = build_run(two_teachers, groups)
-    teachers = [p.clone() for chunks in run.train_step.teachers.values() for c in chunks for p in c.parameters()]
+    teachers = [p.clone() for chunks in run.train_step.teachers.models.values() for c in chunks for p in c.parameters()]
     run.train_step(run.data.step(1, 0, 1))
-    after = [p for chunks in run.train_step.teachers.values() for c in chunks for p in c.parameters()]
+    after = [p for chunks in run.train_step.teachers.models.values() for c in chunks for p in c.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(teachers, after, strict=True))
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert not held & {id(p) for p in after}
