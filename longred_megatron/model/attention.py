@@ -13,7 +13,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from longred_megatron.model.plain_layers import Rotation
 from longred_megatron.parallel.context import gather_sequences, pieces
+
+LONG_QUERIES, WIDE_HEAD = 1024, 64  # from here on attention runs in bf16 where the model does, see `SdpaAttention`
 
 Documents = Sequence[Sequence[int]]
 """The lengths of each sequence's documents, in order; they add up to the sequence's length."""
@@ -35,6 +38,7 @@ class SequenceLayout(PackedSeqParams):
     num_queries, num_keys: of each span of a row, in the order of its tokens.
     key_index: int64, where in a row the keys of all spans are, if context ranks share it. Otherwise spans have the
         keys that they have queries of.
+    rotation: RoPE of this rank's tokens, where attention itself turns queries and keys; None: they come turned.
     """
 
     qkv_format: str = "bshd"
@@ -43,10 +47,15 @@ class SequenceLayout(PackedSeqParams):
     num_queries: list[int] = field(default_factory=list)
     num_keys: list[int] = field(default_factory=list)
     key_index: Tensor | None = None
+    rotation: Rotation | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """[tokens, 1, ...] or [sequences, sequence_length, ...] -> [rows, row length, ...]."""
         return x.reshape(1 if self.masked else self.num_sequences, -1, *x.shape[2:])
+
+    def turned(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries or keys [tokens, 1, heads, head_dim] as attention takes them."""
+        return x.to(dtype) if self.rotation is None else self.rotation.turn(x, dtype)
 
     def keys(self, key: Tensor, value: Tensor) -> list[Tensor]:
         """This rank's [tokens, 1, kv_heads, head_dim] each -> [rows, keys of all spans, kv_heads, head_dim] each.
@@ -129,10 +138,11 @@ def _key_index(first_keys: Sequence[int], num_keys: Sequence[int], device: torch
 
 
 class SdpaAttention(torch.nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention: Megatron's core attention where there is no GPU.
+    """RoPE and causal attention by torch's scaled_dot_product_attention: Megatron's core attention without a GPU.
 
-    Computed in fp32: torch's bf16 CPU kernel takes 1.5 to 5 times as long with heads of 16 or 32 dims at up to 512
-    tokens, and as long with larger ones (measured forward and backward on a CPU with AMX).
+    In fp32, but for long sequences of wide heads: torch's bf16 CPU kernel takes 1.2 to 5 times as long with heads of 16 or
+    32 dims or at up to 512 tokens (measured forward and backward on CPUs with AMX and with AVX-512 BF16), and 0.87 times with
+    heads of 64 dims at 2,048 tokens, the conversions counted.
     """
 
     def __init__(
@@ -160,15 +170,20 @@ class SdpaAttention(torch.nn.Module):
         """[tokens, 1, heads or kv_heads, head_dim] each -> [tokens, 1, heads x head_dim]."""
         assert packed_seq_params is not None
         layout = packed_seq_params
-        keys, values = (x.split(layout.num_keys, dim=1) for x in layout.keys(key, value))
-        queries = layout.rows(query).split(layout.num_queries, dim=1)
+        is_long = max(layout.num_queries) >= LONG_QUERIES and query.shape[-1] >= WIDE_HEAD
+        dtype = query.dtype if is_long else torch.promote_types(query.dtype, torch.float32)
+        # Where context ranks share them, keys travel in their own dtype.
+        key = layout.turned(key, dtype if layout.key_index is None else key.dtype)
+        keys, values = (x.to(dtype).split(layout.num_keys, dim=1) for x in layout.keys(key, value))
+        queries = layout.rows(layout.turned(query, dtype)).split(layout.num_queries, dim=1)
         # Span by span: no work is spent on pairs of tokens of different documents.
-        out = [self._attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
-        return torch.cat(out, dim=1).reshape(query.shape[0], 1, -1).to(query.dtype)
+        spans = [self._attend(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)]
+        out = spans[0] if len(spans) == 1 else torch.cat(spans, dim=1)
+        return out.reshape(query.shape[0], 1, -1).to(query.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[rows, queries or keys, heads or kv_heads, head_dim] each; the queries are the last keys' tokens."""
-        q, k, v = (x.transpose(1, 2).float() for x in (query, key, value))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         num_queries, num_keys = q.shape[2], k.shape[2]
         mask = None
         if num_queries < num_keys:

@@ -14,6 +14,7 @@ from longred_megatron.families import Architecture
 from longred_megatron.layout import Parallel
 from longred_megatron.model.attention import Documents, SequenceLayout, sequence_layout
 from longred_megatron.model.megatron_config import transformer_config
+from longred_megatron.model.plain_layers import Rotation
 from longred_megatron.model.rotary import rotary_table
 from longred_megatron.model.specs import block_submodules
 from longred_megatron.model.taps import attention_values
@@ -85,8 +86,10 @@ class ModelChunk(GPTModel):
             norm, as in Hugging Face.
         """
         first_input = self._embed(tokens) if self.pre_process else self.decoder.input_tensor
-        rotary = rotary_table(positions, self.frequencies(length))
+        rotary: Tensor | None = rotary_table(positions, self.frequencies(length))
         layout = self._layout(tokens, whole_sequences, documents)
+        if not on_gpu():  # a fused kernel takes the angles themselves
+            layout.rotation, rotary = Rotation.of(rotary), None
         numbers, last = self.layer_numbers(), self.architecture.num_layers
         wanted = [tap for tap in sorted(taps) if tap.layer in numbers]
         # A layer's other values are computed from its input, the output of the layer before.

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
 
 from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
@@ -54,6 +55,8 @@ def transformer_config(
         # By default, Transformer Engine takes unfused attention where no other fits, with all of a layer's scores.
         settings["attention_backend"] = AttnBackend.fused
     settings["softmax_scale"] *= attention_factor**2
+    # Not Transformer Engine's: the module in that place is `plain_layers.SwiGlu`.
+    settings["use_te_activation_func"] = not gpu and settings["activation_func"] is silu
     if recompute == "full":
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute == "selective":

@@ -17,7 +17,7 @@ def attention_values(
     layer: Any,
     hidden: Tensor,
     wanted: Collection[str],
-    rotary_table: Tensor,
+    rotary_table: Tensor | None,
     attention_factor: float,
     layout: SequenceLayout,
 ) -> dict[str, Tensor]:
@@ -26,6 +26,7 @@ def attention_values(
     Args:
         hidden: the layer's input, [tokens, 1, hidden] (tokens split over the tensor ranks under sequence parallelism).
         wanted: of query, key, value and attention_output.
+        rotary_table: None where attention turns queries and keys itself, by `layout.rotation`.
         attention_factor: YaRN's, which the model applies to the softmax scale instead of to queries and keys.
 
     Returns:
@@ -41,7 +42,10 @@ def attention_values(
     if set(wanted) - {"attention_output"}:
         query, key, value = attention.get_query_key_value_tensors(normed, None)
         for name, x in (("query", query), ("key", key)):
-            turned = apply_rotary_pos_emb(x, rotary_table, config=attention.config)
+            if layout.rotation is not None:
+                turned = layout.rotation.turn(x, x.dtype)
+            else:
+                turned = apply_rotary_pos_emb(x, rotary_table, config=attention.config)
             values[name] = turned if attention_factor == 1 else turned * attention_factor
         values["value"] = value
     return {what: values[what] for what in wanted}

@@ -19,7 +19,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.layout import Parallel
 from longred_megatron.model.chunk import build_chunks
 from longred_megatron.model.megatron_config import transformer_config
-from longred_megatron.model.specs import RMSNorm
+from longred_megatron.model.plain_layers import RMSNorm
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.precision import Precision
 from tests.checkpoint.small_models import GROUPED, SIZES
