@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+What = Literal["hidden", "query", "key", "value", "attention_output"]
+"""What a model gives of a layer."""
+
 
 class Tap(NamedTuple):
     """A place in a model. `layer`: from 1; the last layer's hidden state is the one after the final norm.
@@ -13,7 +16,7 @@ class Tap(NamedTuple):
     """
 
     layer: int
-    what: Literal["hidden", "query", "key", "value", "attention_output", "entries", "log_probabilities"] = "hidden"
+    what: What | Literal["entries", "log_probabilities"] = "hidden"
 
 
 class Top(NamedTuple):

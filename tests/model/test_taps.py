@@ -8,10 +8,11 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.objectives.base import Tap
+from longred_megatron.objectives.needs import What
 from tests.objectives.references import extended_student, view
 from tests.training.workspace import build_run, make_workspace
 
-WHATS = get_args(Tap.__annotations__["what"])
+WHATS = get_args(What)
 CASES = {  # model, override: each way in which a layer's projections, norms, biases and RoPE differ
     "llama_3": "model.rope.theta=1e6",
     "llama_biases": "model.rope.theta=1e6",

@@ -78,8 +78,8 @@ def test_heads_are_computed_for_losses_that_need_them(
 ) -> None:
     run = build_run(two_teachers, groups)
     made: list[bool] = []
-    head = losses._head
-    monkeypatch.setattr(losses, "_head", lambda *a: made.append(a[1].requires_grad) or head(*a))
+    head = losses.head
+    monkeypatch.setattr(losses, "head", lambda *a: made.append(a[1].requires_grad) or head(*a))
     run.train_step.forward_backward(run.data.step(1, 0, 1))
     assert (made.count(True), made.count(False)) == (4, 2)  # the student's of two kinds; its own view's
 
