@@ -140,9 +140,9 @@ def _key_index(first_keys: Sequence[int], num_keys: Sequence[int], device: torch
 class SdpaAttention(torch.nn.Module):
     """RoPE and causal attention by torch's scaled_dot_product_attention: Megatron's core attention without a GPU.
 
-    In fp32, but for long sequences of wide heads: torch's bf16 CPU kernel takes 1.2 to 5 times as long with heads of 16 or
-    32 dims or at up to 512 tokens (measured forward and backward on CPUs with AMX and with AVX-512 BF16), and 0.87 times with
-    heads of 64 dims at 2,048 tokens, the conversions counted.
+    In fp32, but for long sequences of wide heads. Forward and backward, torch's bf16 CPU kernel takes 1.2 to 5 times
+    as long with heads of 16 or 32 dims or at up to 512 tokens (on CPUs with AMX and with AVX-512 BF16), and 0.87 times
+    with heads of 64 dims at 2,048 tokens (AVX-512 BF16), conversions counted.
     """
 
     def __init__(

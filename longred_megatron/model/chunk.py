@@ -86,10 +86,11 @@ class ModelChunk(GPTModel):
             norm, as in Hugging Face.
         """
         first_input = self._embed(tokens) if self.pre_process else self.decoder.input_tensor
-        rotary: Tensor | None = rotary_table(positions, self.frequencies(length))
+        angles = rotary_table(positions, self.frequencies(length))
         layout = self._layout(tokens, whole_sequences, documents)
-        if not on_gpu():  # a fused kernel takes the angles themselves
-            layout.rotation, rotary = Rotation.of(rotary), None
+        rotary = angles if on_gpu() else None  # a fused kernel takes the angles themselves
+        if rotary is None:
+            layout.rotation = Rotation.of(angles)
         numbers, last = self.layer_numbers(), self.architecture.num_layers
         wanted = [tap for tap in sorted(taps) if tap.layer in numbers]
         # A layer's other values are computed from its input, the output of the layer before.

@@ -87,8 +87,8 @@ class _RmsNorm(torch.autograd.Function):
         product = gradient * normed
         grad_weight = product.flatten(0, -2).sum(0).to(weight.dtype)
         mean = (product @ weight.to(product.dtype)).unsqueeze(-1).div_(x.shape[-1])
-        grad_x = torch.mul(gradient, weight, out=product) if product.dtype == weight.dtype else gradient * weight
-        return grad_x.to(normed.dtype).addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+        grad_x = torch.mul(gradient, weight.to(product.dtype), out=product)
+        return grad_x.addcmul_(normed, mean, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -120,7 +120,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _turned(gradient, *ctx.saved_tensors, -1, ctx.dtype), None, None, None
+        cosines, sines = ctx.saved_tensors
+        return _turned(gradient, cosines, sines, -1, ctx.dtype), None, None, None
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor, direction: int, dtype: torch.dtype) -> Tensor:

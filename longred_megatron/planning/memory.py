@@ -224,11 +224,6 @@ class StageMemory:
         keys = sequences * share * (2 * p.context + 1)
         return Tokens(all_tokens, own, keys, 4 * share * share * (2 * p.context + 1))
 
-    @property
-    def _states_kept(self) -> bool:
-        """Whether the norms keep the hidden states themselves, not copies."""
-        return self.size == 4 or self.how.keeps_input
-
     def _table(self, tokens: Tokens, model: Architecture) -> float:
         return 4 * tokens.all * model.head_dim
 
@@ -250,12 +245,8 @@ class StageMemory:
         operations = self.how.layer(_widths(model, self.parallel.tensor), tokens, size)
         recompute = recipe.training.recompute
         table = self._table(tokens, model)
-        kept_table = table if recompute == "full" or self.how.tables_kept else 0.0
-        # The input, from the stage before or of the embedding; where the first norm keeps a copy, beside it.
-        copied = recompute != "full" and not self._states_kept
-        received = state if not chunk.first and copied else 0.0
-        yield Cost(kept_table + received, table + state, 0.0)
-        layer = recomputed(operations, state, recompute, self._states_kept)
+        yield Cost(table, table + state, 0.0)
+        layer = recomputed(operations, state, recompute)
         taps = [tap for tap in needs.pairs if tap.layer in chunk.layers]
         for number in chunk.layers:
             # The loss's backward pass comes first: gradients of its values wait for their layers'.
@@ -270,12 +261,12 @@ class StageMemory:
 
     def _tapped(self, taps: Sequence[Tap], chunk: ChunkModel, operations: Sequence[Operation], name: str) -> Cost:
         """What losses of values inside a chunk keep: the values, where nothing else does, and what they are made of."""
-        model, recompute = self.phase.source, self.phase.recipe.training.recompute
+        model = self.phase.source
         attention = sum(op.kept for op in operations if op.part == "attention")
         norm = next(op.kept for op in operations if op.part == "norm")
         kept = made = 0.0
         for tap in taps:
-            held = tap.what == "hidden" and (recompute == "full" or self._states_kept) and tap.layer != chunk.layers[-1]
+            held = tap.what == "hidden" and tap.layer != chunk.layers[-1]
             final = tap == Tap(model.num_layers)  # kept by the final norm
             kept += 0.0 if held or final else self._tap_bytes(tap, model, name)
         for layer in {tap.layer for tap in taps if tap.what != "hidden"}:  # made a second time, from the layer's input

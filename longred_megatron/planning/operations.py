@@ -45,11 +45,11 @@ def cost(operations: Sequence[Operation], held: float = 0.0) -> Cost:
     return Cost(kept, forward, backward)
 
 
-def recomputed(operations: Sequence[Operation], state: float, recompute: str, state_kept: bool) -> Cost:
-    """One layer. state: bytes of its input, which the first norm keeps itself (state_kept) or as a copy."""
+def recomputed(operations: Sequence[Operation], state: float, recompute: str) -> Cost:
+    """One layer. state: bytes of its input, which the first norm keeps."""
     whole = cost(operations, held=state)
     if recompute == "full":
-        return Cost(state, state + without_graph(operations), whole.backward + (0.0 if state_kept else state))
+        return Cost(state, state + without_graph(operations), whole.backward)
     if recompute == "selective":
         kept = sum(op.kept for op in operations if op.part != "mlp")
         mlp = [op for op in operations if op.part == "mlp"]
@@ -104,25 +104,21 @@ LayerOperations = Callable[[Widths, Tokens, int], list[Operation]]
 class Implementation:
     """Whose operations run: torch's on a CPU, or Transformer Engine's on a GPU.
 
-    layer: one layer's operations. tables_kept: whether backward passes need the rotary table itself. inputs_moved:
-    whether a step's micro-batches are copied to the device, int64. optimizer_copies: fp32 tensors of the size of the
-    largest parameter's share, while the optimizer's step runs. keeps_input: whether a norm keeps a 16-bit input itself,
-    not a copy of it.
+    layer: one layer's operations. inputs_moved: whether a step's micro-batches are copied to the device, int64.
+    optimizer_copies: fp32 tensors of the size of the largest parameter's share, while the optimizer's step runs.
     """
 
     layer: LayerOperations
     norm: Callable[[float, float, int], Operation]
-    tables_kept: bool
     inputs_moved: bool
     optimizer_copies: int
-    keeps_input: bool
 
 
 def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
-    """A layer of Megatron's local specification with torch's RMSNorm and scaled_dot_product_attention, on a CPU.
+    """A layer of Megatron's local specification with `model.plain_layers` and torch's scaled_dot_product_attention.
 
-    size: bytes of a number. Norms and attention compute in fp32, of copies where the numbers are 16-bit. What is kept
-    is what torch's operations save for their backward passes.
+    size: bytes of a number. Attention computes in fp32, of copies where the numbers are 16-bit. What is kept is what
+    the operations save for their backward passes.
     """
     copies = size < 4
     qkv = w.query + 2 * w.kv
@@ -131,9 +127,9 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
         return size * rows * columns  # a micro-batch's, before it is added to the sum of all
 
     norm = plain_norm(w.hidden, t.own, size)
-    # Of 32-bit numbers the keys' input is kept with keys and values. The output is not: RoPE needs only its table.
-    head_kept = 8 * (w.query + w.kv) if copies else 8 * w.query + 4 * w.kv
-    head_norm = Operation("attention", t.all * head_kept, t.all * size * qkv)
+    # The keys' input is kept with keys and values, the queries' is copied. The output is not kept: RoPE needs no more.
+    kept_heads = size * (w.query + (qkv if copies else 0))
+    head_norm = Operation("attention", t.all * kept_heads, t.all * size * qkv)
     if t.keys > t.all or t.mask_bytes:  # cut over context ranks: keys and values are those of all spans, copied
         keys = 2 * t.keys * w.kv * (4 if copies else size) + t.mask_bytes
         attention_kept = t.all * (4 * w.query) + keys
@@ -141,7 +137,7 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
         attention_kept = t.all * 4 * qkv
     else:
         attention_kept = t.all * size * (qkv + w.query + w.kv)
-    attention_kept += t.all * (4 * w.query + 4 * w.heads + 4 * w.head_dim * size)
+    attention_kept += t.all * (4 * w.query + 4 * w.heads)
     return [
         norm,
         Operation("attention", 0, t.all * size * qkv, backward=weight_gradient(qkv, w.hidden)),
@@ -162,15 +158,16 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
         Operation(
             "mlp", t.all * size * 2 * w.ffn, t.all * size * 2 * w.ffn, backward=weight_gradient(2 * w.ffn, w.hidden)
         ),
-        Operation("mlp", t.all * size * 2 * w.ffn, t.all * size * w.ffn),
+        Operation("mlp", 0, t.all * size * w.ffn, backward=t.all * size * 2 * w.ffn),
         Operation("mlp", t.all * size * w.ffn, t.all * size * w.hidden, backward=weight_gradient(w.hidden, w.ffn)),
     ]
 
 
 def plain_norm(width: float, tokens: float, size: int) -> Operation:
-    """Keeps its input or an fp32 copy of it, the fp32 normalised input, and its output."""
-    kept = tokens * (2 * 4 * width + 4 + size * width)
-    return Operation("norm", kept, tokens * size * width, forward=tokens * 4 * width, backward=tokens * 3 * 4 * width)
+    """Keeps its input, its output, and an fp32 number a token. What it computes with is fp32."""
+    copies = 4 * width if size < 4 else 0
+    kept = tokens * (2 * size * width + 4)
+    return Operation("norm", kept, tokens * size * width, tokens * copies, tokens * (4 * width + copies))
 
 
 def fused_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
@@ -209,17 +206,13 @@ def fused_norm(width: float, tokens: float, size: int) -> Operation:
 PLAIN = Implementation(
     layer=plain_layer,
     norm=plain_norm,
-    tables_kept=False,
     inputs_moved=False,
     optimizer_copies=2,
-    keeps_input=False,
 )
 
 FUSED = Implementation(
     layer=fused_layer,
     norm=fused_norm,
-    tables_kept=True,
     inputs_moved=True,
     optimizer_copies=0,
-    keeps_input=True,
 )

@@ -19,7 +19,7 @@ from megatron.core.optimizer import distrib_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from longred_megatron.checkpoint import distributed
-from longred_megatron.model import specs
+from longred_megatron.model import plain_layers
 from longred_megatron.training.optimizer import set_hyperparameters
 from longred_megatron.training.run import PhaseRun
 from tests.training.workspace import build_run, make_workspace
@@ -62,8 +62,10 @@ def transformer_engine(is_there: bool = True) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(specs.RMSNorm, "get_extra_state", lambda self: torch.empty(0, dtype=torch.uint8), raising=False)
-        patch.setattr(specs.RMSNorm, "set_extra_state", lambda self, state: None, raising=False)
+        patch.setattr(
+            plain_layers.RMSNorm, "get_extra_state", lambda self: torch.empty(0, dtype=torch.uint8), raising=False
+        )
+        patch.setattr(plain_layers.RMSNorm, "set_extra_state", lambda self, state: None, raising=False)
         patch.setattr(megatron.core.optimizer, "Adam", FusedAdam)
         patch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
         patch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
