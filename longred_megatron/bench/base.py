@@ -35,7 +35,7 @@ class Sizes(Settings):
     ranks: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = Field((2, 4), description="of `scaling`")
     text_bytes: PositiveInt = Field(20_000_000, description="of text that is prepared")
     prompts: PositiveInt = Field(8, description="that are answered, and windows whose loss is measured")
-    matrix_size: PositiveInt = Field(4096, description="of the product that measures the peak")
+    matrix_size: PositiveInt = Field(4096, description="of the product that measures the peak; twice that on a GPU")
 
 
 QUICK = Sizes(

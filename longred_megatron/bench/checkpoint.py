@@ -15,6 +15,7 @@ from longred_megatron.bench.inputs import phase_of, write_recipe
 from longred_megatron.checkpoint import distributed
 
 BLOCK_BYTES = 2**24
+OPTIMIZER_BYTES = 12  # of a parameter in a checkpoint: an fp32 copy, of fp32 weights too, and two fp32 moments
 
 
 class Checkpoint(Comparison):
@@ -26,8 +27,7 @@ class Checkpoint(Comparison):
         objective = {"microbatches": 1, "sequence_length": sizes.sequence_length}
         params = formats()[-1]
         recipe = write_recipe(folder, sizes, {"next_token": objective}, sizes.layers, params)
-        phase = phase_of(recipe)
-        of_parameter = phase.recipe.precision.number_bytes + phase.recipe.precision.optimizer_bytes
+        of_parameter = phase_of(recipe).recipe.precision.number_bytes + OPTIMIZER_BYTES
         num_bytes = of_parameter * sum(file.stat().st_size for file in (folder / "student").glob("*.safetensors")) // 4
         setting = f"{num_bytes / 1e9:.2g} GB, {params}"
         for what, ours, plain in (("save", OurSave, PlainWrite), ("load", OurLoad, PlainRead)):

@@ -14,6 +14,7 @@ from longred_megatron.bench.base import TOLERANCES, Case, Comparison, Facts, Sid
 from longred_megatron.bench.engine import EngineStep
 from longred_megatron.bench.inputs import longred_objectives, longred_recipe, phase_of, step_tokens, write_microbatches
 from longred_megatron.bench.plain import PlainAdamW, PlainBatch, read_microbatches
+from longred_megatron.device import on_gpu
 from longred_megatron.dtypes import DTYPES
 from longred_megatron.families import Architecture
 from longred_megatron.planning.flops import step_flops
@@ -54,7 +55,7 @@ class PublishedStep(Side):
     def __init__(self, recipe: Path, microbatches: Path) -> None:
         phase = phase_of(recipe)
         self._objectives = phase.recipe.objectives
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if on_gpu() else "cpu")
         dtype = DTYPES[phase.recipe.precision.params]
         self._student = load(phase.recipe.model.hf, extended_architecture(phase), dtype).to(device)
         self._teacher = load(phase.recipe.teacher.hf, phase.source, dtype).to(device).requires_grad_(False)

@@ -110,16 +110,21 @@ def _serve(connection: Connection, start: Start, rank: int, num_ranks: int, port
         while True:
             connection.recv()
             side.before()
-            torch.cuda.synchronize() if on_gpu() else None
+            _wait_for_device()
             began = time.perf_counter()
             side.once()
-            torch.cuda.synchronize() if on_gpu() else None
+            _wait_for_device()
             seconds = time.perf_counter() - began
             connection.send(Repeat(seconds, side.facts(), memory.peak()))
     except EOFError:
         pass
     except BaseException:
         connection.send(traceback.format_exc())
+
+
+def _wait_for_device() -> None:
+    if on_gpu():
+        torch.cuda.synchronize()
 
 
 class _Memory:

@@ -128,7 +128,7 @@ class Bench:
     def _peak(self, dtype: str) -> float:
         """FLOP/s of a product of square matrices, the best of several; measured once a run."""
         if dtype not in self._peaks:
-            size = self._sizes.matrix_size
+            size = self._sizes.matrix_size * (2 if on_gpu() else 1)
             with Processes("product", partial(MatrixProduct, size, dtype)) as process:
                 seconds = min(process.repeat().seconds for _ in range(5))
             self._peaks[dtype] = 2 * size**3 / seconds
