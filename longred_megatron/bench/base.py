@@ -7,9 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longred_megatron.settings import NumTokens, PositiveInt, Settings
 
@@ -36,6 +36,18 @@ class Sizes(Settings):
     text_bytes: PositiveInt = Field(20_000_000, description="of text that is prepared")
     prompts: PositiveInt = Field(8, description="that are answered, and windows whose loss is measured")
     matrix_size: PositiveInt = Field(4096, description="of the product that measures the peak; twice that on a GPU")
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        problems = {
+            "heads": self.hidden_size % (2 * self.heads) and "hidden_size must be an even multiple of it",
+            "kv_heads": self.heads % self.kv_heads and "heads must be a multiple of it",
+            "sequence_length": self.sequence_length % 64
+            and "must be a multiple of 64: the shortest texts are an eighth",
+        }
+        if found := [f"{key}={getattr(self, key)}: {problem}" for key, problem in problems.items() if problem]:
+            raise ValueError("; ".join(found))
+        return self
 
 
 QUICK = Sizes(

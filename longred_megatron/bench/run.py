@@ -71,7 +71,9 @@ def changed_sizes(sizes: Sizes, changes: Sequence[str]) -> Sizes:
     try:
         sizes = Sizes.model_validate(values)
     except ValidationError as error:
-        problems += [f"{each['loc'][0]}={each['input']}: {each['msg']}" for each in error.errors()]
+        for each in error.errors():
+            where = "".join(f"{part}=" for part in each["loc"][:1]) + (f"{each['input']}: " if each["loc"] else "")
+            problems.append(where + each["msg"].removeprefix("Value error, "))
     if problems:
         raise UserError(*problems)
     return sizes

@@ -119,7 +119,9 @@ def test_sizes_are_changed_by_name() -> None:
     with pytest.raises(UserError) as wrong:
         changed_sizes(QUICK, ["layer=3", "heads=0"])
     assert "did you mean layers?" in str(wrong.value)
-    assert "heads=0" in str(wrong.value)
+    assert "heads=0: Input should be" in str(wrong.value)
+    with pytest.raises(UserError, match=r"^heads=7: hidden_size must be.*; sequence_length=100: must be"):
+        changed_sizes(QUICK, ["heads=7", "kv_heads=7", "sequence_length=100"])
 
 
 def test_a_wrong_name_is_refused_with_the_nearest() -> None:
