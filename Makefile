@@ -3,10 +3,12 @@
 PYTHON_IN_VENV := .venv/bin/python
 # Multi-rank tests start several processes each, so more workers than this would only wait for each other.
 PYTEST_FLAGS ?= --numprocesses=auto --maxprocesses=4 --dist=worksteal
+# What to compare, and how: make bench BENCH_FLAGS="longred_step --repeats 3"
+BENCH_FLAGS ?=
 SHELL_SCRIPTS := .ci/run $(wildcard docker/*.sh tests/docker/*.sh tools/*.sh tools/launch/*.sh tools/launch/*.sbatch)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test coverage lint format demo layouts plan-check gpu-check chaos hostile docker-check study-longred study-packed tiny-base clean
+.PHONY: help setup test coverage lint format demo layouts plan-check gpu-check bench chaos hostile docker-check study-longred study-packed tiny-base clean
 
 help: ## this list
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -44,6 +46,9 @@ plan-check: setup ## the planner's memory beside real steps on this CPU, 30 layo
 
 gpu-check: setup ## models of the GPU path constructed with the compiled Transformer Engine, where it is installed
 	LONGRED_TE=compiled $(PYTHON_IN_VENV) -m pytest tests/gpu_path -n0
+
+bench: setup ## speed and memory beside plain transformers, Megatron-Core, eager torch and the disk (hours on a CPU)
+	$(PYTHON_IN_VENV) tools/bench.py --output build/bench $(BENCH_FLAGS)
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
 	$(PYTHON_IN_VENV) -m tests.chaos

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from longred_megatron.bench.base import QUICK
+from longred_megatron.bench.report import write_report as write_bench
+from longred_megatron.bench.results import Result, Timed
 from longred_megatron.doctor.examination import Section
 from longred_megatron.doctor.findings import Finding
 from longred_megatron.doctor.page import render
@@ -49,6 +52,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     evaluate.main([*models, *asked, "--output", str(folder / "evaluation")])
     shape = ("precision.params=bf16", "parallel.pipeline=2", "--gpu", "h100-80gb", "--gpus", "2", "--search")
     plan.main([str(recipe), *shape, "--output", str(folder / "plan")])
+    timed = Timed([1.0, 1.2, 0.9], 2**30, 32768, 1e12)
+    results = [Result("longred_step", f"{n} layers, fp32", "tokens", 2e12, 1, {}, timed, timed) for n in (8, 30)]
+    write_bench(folder / "bench", results, {"fp32": 2e12}, QUICK, "tools/bench.py")
     pages = {path.parent.name: path for path in folder.glob("*/report.html")}
     pages["study"] = study_page(folder)
     sections = [
@@ -74,7 +80,7 @@ def study_page(folder: Path) -> Path:
     return folder / "toy/report/report.html"
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "plan", "doctor"])
+@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "plan", "doctor", "bench"])
 def test_a_page_can_be_read(name: str, pages: Mapping[str, Path], tmp_path: Path) -> None:
     by_day, by_night = (look(pages[name], tmp_path, dark) for dark in (False, True))
     assert by_day.paper > 0.8 and by_night.paper < 0.05

@@ -8,7 +8,7 @@ from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, Vocabula
 
 
 def working_bytes(num_tokens: float, local_entries: float) -> float:
-    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: fp32 logits and their gradient."""
+    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: its logits, and those in fp32."""
     return 2 * min(CHUNK_BYTES, 4 * num_tokens * local_entries)
 
 
@@ -41,33 +41,34 @@ def linear_cross_entropy(
     shard = VocabularyShard.of(weight, vocab_size, group)
 
     def chunk_loss(logits: Tensor, chunk: slice, needs_gradient: bool) -> tuple[Tensor, Tensor]:
-        return chunk_cross_entropy(logits, labels[chunk], shard, needs_gradient)
+        return chunk_cross_entropy(logits, labels[chunk], shard, needs_gradient, logits)
 
     return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
 
 
 def chunk_cross_entropy(
-    logits: Tensor, labels: Tensor, shard: VocabularyShard, needs_gradient: bool
+    logits: Tensor, labels: Tensor, shard: VocabularyShard, needs_gradient: bool, out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The chunk's summed loss, and its gradient by `logits` [chunk, vocab_local] in their dtype (else empty).
 
     With m the largest logit of the whole vocabulary, s = sum over the whole vocabulary of exp(logit - m):
         loss = sum over labelled tokens of log s - (logit[label] - m)
         gradient = exp(logit - m) / s - (1 at the label), 0 where there is no label.
-    Of `logits`, only the padding is overwritten.
+    out: where the gradient is written, which may be `logits`; without it, of these only the padding is overwritten.
     """
     logits[:, shard.num_real :] = -torch.inf
     maximum = logits.amax(-1).to(arithmetic_dtype(logits))
     # Tensor-parallel group: its ranks hold the other logits of these tokens.
     shard.all_reduce(maximum, dist.ReduceOp.MAX)
-    logits_dtype, logits = logits.dtype, logits - maximum.unsqueeze(1)
+    out = torch.empty_like(logits) if out is None else out
+    shifted = torch.sub(logits, maximum.unsqueeze(1), out=out if out.dtype == maximum.dtype else None)
 
     has_label = labels != NO_LABEL
     column = labels - shard.first
     is_here = (column >= 0) & (column < shard.num_real)
     at_label = torch.arange(len(labels), device=labels.device), column.clamp(0, logits.shape[1] - 1)
-    label_logit = torch.where(is_here, logits[at_label], 0)
-    exponentials = logits.exp_()
+    label_logit = torch.where(is_here, shifted[at_label], 0)
+    exponentials = shifted.exp_()
     sums = torch.stack([exponentials.sum(-1), label_logit])
     # Tensor-parallel group: the rest of the softmax's sum; and one of its ranks has the label's logit.
     shard.all_reduce(sums)
@@ -78,6 +79,8 @@ def chunk_cross_entropy(
     if not needs_gradient:
         return loss, exponentials.new_empty(0)
 
-    exponentials[at_label] -= torch.where(is_here, denominator, 0)
-    gradient = exponentials.div_(denominator.unsqueeze(1)).to(logits_dtype)
-    return loss, gradient.masked_fill_(~has_label.unsqueeze(1), 0)
+    share = torch.where(has_label, 1 / denominator, 0)
+    at_the_label = share * (exponentials[at_label] - torch.where(is_here, denominator, 0))
+    gradient = torch.mul(exponentials, share.unsqueeze(1), out=out)
+    gradient[at_label] = at_the_label.to(gradient.dtype)
+    return loss, gradient

@@ -103,8 +103,8 @@ class _LinearLoss(torch.autograd.Function):
         dtype = arithmetic_dtype(hidden)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # fp32, as the backward pass has still to scale it.
-        grad_weight = torch.zeros_like(weight, dtype=dtype) if needs_weight else None
+        # fp32, as the backward pass has still to scale it. The first chunk's part is written, the others' are added.
+        grad_weight = torch.empty_like(weight, dtype=dtype) if needs_weight else None
         for start in range(0, hidden.shape[0], chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             one_loss, grad_logits = chunk_loss(hidden[chunk] @ weight.t(), chunk, needs_hidden or needs_weight)
@@ -112,7 +112,7 @@ class _LinearLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits, hidden[chunk])
+                _add_product(grad_weight, grad_logits, hidden[chunk], is_first=start == 0)
             del grad_logits  # before the next chunk's logits are there
         ctx.weight = weight
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -126,32 +126,36 @@ class _LinearLoss(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden.mul_(grad_loss)
         if grad_weight is not None:
-            grad_weight = _delivered(ctx.weight, grad_weight.mul_(grad_loss))
+            grad_weight = _delivered(ctx.weight, grad_weight, grad_loss)
         return grad_hidden, grad_weight, None, None, None, None
 
 
-def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """total [vocab_local, hidden] += grad_logits.T @ hidden, in one pass over `total` where a product can add to it."""
+def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor, is_first: bool) -> None:
+    """total [vocab_local, hidden] (+)= grad_logits.T @ hidden, in one pass over `total` where a product can add to it."""
     if total.dtype == hidden.dtype:
-        total.addmm_(grad_logits.t(), hidden)
+        total.addmm_(grad_logits.t(), hidden, beta=0 if is_first else 1)
     elif not hidden.is_cuda:
-        total += grad_logits.t() @ hidden
+        product = grad_logits.t() @ hidden
+        total.copy_(product) if is_first else total.add_(product)
     elif _add_product_of_apex is not None:
+        if is_first:
+            total.zero_()
         _add_product_of_apex(hidden, grad_logits, total)
     else:
-        torch.addmm(total, grad_logits.t(), hidden, out_dtype=total.dtype, out=total)
+        beta = 0 if is_first else 1
+        torch.addmm(total, grad_logits.t(), hidden, beta=beta, out_dtype=total.dtype, out=total)
 
 
-def _delivered(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Hands a gradient over: to Megatron's fp32 sum of all micro-batches where there is one, else to autograd.
+def _delivered(weight: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
+    """Hands gradient * factor (a scalar) over, and overwrites `gradient`: to Megatron's fp32 sum of all micro-batches where there is one, else to autograd.
 
     What autograd gets in the first case only says that the gradient is there, which starts the reduction of its bucket.
     Megatron leaves it out by `grad_added_to_main_grad`; but where the weight is the embedding's as well
     (`zero_out_wgrad`) it adds what autograd has summed, so that this part has to be zero.
     """
     if getattr(weight, "main_grad", None) is None:
-        return gradient.to(weight.dtype)
-    weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
+        return gradient.mul_(factor).to(weight.dtype)
+    weight.main_grad.addcmul_(gradient, factor)  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     is_tied = getattr(weight, "zero_out_wgrad", False)
     return torch.zeros_like(weight) if is_tied else torch.empty_like(weight)

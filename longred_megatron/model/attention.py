@@ -174,6 +174,8 @@ class SdpaAttention(torch.nn.Module):
         dtype = query.dtype if is_long else torch.promote_types(query.dtype, torch.float32)
         # Where context ranks share them, keys travel in their own dtype.
         key = layout.turned(key, dtype if layout.key_index is None else key.dtype)
+        # Copied: as a view it would hold the product that queries and keys were cut from.
+        value = value.contiguous()
         keys, values = (x.to(dtype).split(layout.num_keys, dim=1) for x in layout.keys(key, value))
         queries = layout.rows(layout.turned(query, dtype)).split(layout.num_queries, dim=1)
         # Span by span: no work is spent on pairs of tokens of different documents.

@@ -127,16 +127,13 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
         return size * rows * columns  # a micro-batch's, before it is added to the sum of all
 
     norm = plain_norm(w.hidden, t.own, size)
-    # The keys' input is kept with keys and values, the queries' is copied. The output is not kept: RoPE needs no more.
-    kept_heads = size * (w.query + (qkv if copies else 0))
-    head_norm = Operation("attention", t.all * kept_heads, t.all * size * qkv)
+    # The norms of heads keep a copy of the queries, and the keys as a part of what both were cut from.
+    head_norm = Operation("attention", t.all * size * (w.query + qkv), t.all * size * qkv)
     if t.keys > t.all or t.mask_bytes:  # cut over context ranks: keys and values are those of all spans, copied
         keys = 2 * t.keys * w.kv * (4 if copies else size) + t.mask_bytes
         attention_kept = t.all * (4 * w.query) + keys
-    elif copies:
-        attention_kept = t.all * 4 * qkv
     else:
-        attention_kept = t.all * size * (qkv + w.query + w.kv)
+        attention_kept = t.all * 4 * qkv
     attention_kept += t.all * (4 * w.query + 4 * w.heads)
     return [
         norm,
