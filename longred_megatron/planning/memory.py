@@ -180,8 +180,8 @@ class StageMemory:
         site, needs = self.phase.sites[name], self.phase.needs[name]
         if not needs.teacher:
             return 0.0
-        tokens = self._tokens(self.phase.recipe.objectives[name], site)
-        operations = self.how.layer(_widths(site.teacher, self.parallel.tensor), tokens, self.size)
+        tokens = self.tokens(self.phase.recipe.objectives[name], site)
+        operations = self.layer_operations(site.teacher, tokens)
         return (
             without_graph(operations)
             + tokens.own * site.teacher.hidden_size * self.size
@@ -205,13 +205,18 @@ class StageMemory:
         return (tap for tap in self.phase.needs[name].teacher_taps(depth) if stages[tap.layer] == self.stage)
 
     def _tap_bytes(self, tap: Tap, model: Architecture, name: str) -> float:
-        tokens = self._tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
+        tokens = self.tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
         if tap.what in ("hidden", "attention_output"):
             return tokens.own * model.hidden_size * self.size
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 
-    def _tokens(self, objective: Objective, site: Site) -> Tokens:
+    def layer_operations(self, model: Architecture, tokens: Tokens) -> list[Operation]:
+        """Of one layer, in order."""
+        return self.how.layer(_widths(model, self.parallel.tensor), tokens, self.size)
+
+    def tokens(self, objective: Objective, site: Site) -> Tokens:
+        """Of a micro-batch of the objective."""
         p = self.parallel
         all_tokens = site.rank_tokens
         own = all_tokens / (p.tensor if p.sequence else 1)
@@ -243,10 +248,10 @@ class StageMemory:
 
     def _pieces(self, chunk: ChunkModel, name: str) -> Iterator[Cost]:
         recipe, site, needs = self.phase.recipe, self.phase.sites[name], self.phase.needs[name]
-        tokens = self._tokens(recipe.objectives[name], site)
+        tokens = self.tokens(recipe.objectives[name], site)
         model, size = self.phase.source, self.size
         state = tokens.own * model.hidden_size * size
-        operations = self.how.layer(_widths(model, self.parallel.tensor), tokens, size)
+        operations = self.layer_operations(model, tokens)
         recompute = recipe.training.recompute
         table = self._table(tokens, model)
         kept_table = table if recompute == "full" or self.how.tables_kept else 0.0
