@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Needs
-from longred_megatron.planning.memory import checkpoint_bytes, fullest_rank
+from longred_megatron.planning.memory import fullest_rank
 from longred_megatron.planning.plan import GIB
+from longred_megatron.planning.saving import checkpoint_bytes
 from longred_megatron.precision import ATTENTION_NOTE, GRADIENT_BYTES, Precision
 from longred_megatron.recipe import Phase, Recipe
 

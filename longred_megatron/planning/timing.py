@@ -11,7 +11,7 @@ from longred_megatron.kernels.linear_loss import CHUNK_BYTES
 from longred_megatron.layout import Parallel
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import StageMemory
-from longred_megatron.planning.parameters import ChunkModel
+from longred_megatron.planning.parameters import MATRICES, ChunkModel
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 
@@ -23,7 +23,6 @@ LOSS_PASSES = 4
 # Adam: reads gradient, fp32 weight and two moments, writes the last three and the new weight.
 ADAM_TRAFFIC = 4 + 3 * 4 + 3 * 4
 MLP: tuple[Part, ...] = ("mlp",)
-MATRICES: tuple[Part, ...] = ("mlp", "attention")
 
 
 class LayerMessages(NamedTuple):

@@ -228,9 +228,10 @@ def compare(case: Golden) -> Compared:
     """Bytes of the last stage, whose rank logged them; seconds of the whole step."""
     stages = [GoldenMemory(case, stage) for stage in range(case.pipeline)]
     last, plan = stages[-1].memory(), plan_stages(stages, case.world, read_gpu("h100-80gb"))
+    resident = sum(last.resident.values()) + sum(stages[-1].left_inputs.values())
     return Compared(
         case,
-        sum(last.resident.values()) / case.resident_bytes - 1,
+        resident / case.resident_bytes - 1,
         last.peak.total / case.peak_bytes - 1,
         plan.step_seconds / case.seconds - 1 if case.seconds else None,
     )

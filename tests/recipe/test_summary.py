@@ -9,9 +9,10 @@ import pytest
 from longred_megatron.families import Architecture
 from longred_megatron.planning.flops import step_flops
 from longred_megatron.planning.gpus import read_gpu
-from longred_megatron.planning.memory import StageMemory, checkpoint_bytes
+from longred_megatron.planning.memory import StageMemory
 from longred_megatron.planning.operations import FUSED
 from longred_megatron.planning.plan import GIB, plan_phase
+from longred_megatron.planning.saving import checkpoint_bytes
 from longred_megatron.planning.summary import phases_summary
 from longred_megatron.recipe import Phase, load_recipe
 from tests.recipe.conftest import phase_of
