@@ -139,6 +139,8 @@ def _memory_lines(phase: Phase, world_size: int, gpu: bool) -> Block:
         "inputs": "token ids, labels and positions of the step",
         "buffers": "of messages between ranks",
         "optimizer temporaries": "while the optimizer steps",
+        "fp8 weights": "Transformer Engine's copies, for all micro-batches of a step",
+        "gathered parameter": "the largest, of all tensor ranks",
     }
     parts = tuple((part, f"{size / GIB:.2f} GiB ({made_of[part]})") for part, size in peak.parts.items() if size)
     where = f"stage {fullest.stage}, {peak.moment}" if recipe.parallel.pipeline > 1 else peak.moment
