@@ -107,6 +107,15 @@ class Precision(Settings):
         """Of a trained parameter in Adam's state: two fp32 moments, and of bf16 parameters an fp32 copy."""
         return 12 if self.params == "bf16" else 8
 
+    @property
+    def fp8_weight_bytes(self) -> float:
+        """Kept beside an element of a layer's matrix from one step's first micro-batch on, so that the others need no
+        cast: its FP8 number, one more for the transposed matrix, and with mxfp8 a byte of scale for 32 of each.
+
+        On Blackwell, tensorwise and delayed scaling make no transposed one. (Transformer Engine's `_fp8_workspaces`.)
+        """
+        return 0.0 if self.fp8 is None else 2 * (1 + (self.scaling == "mxfp8") / 32)
+
     def of_teacher(self) -> "Precision":
         """Of the frozen models."""
         return self if self.teacher_fp8 else self.without_fp8()

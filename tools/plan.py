@@ -40,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs of the run; with --search, left out: the fewest")
     parser.add_argument("--search", action="store_true", help="try other layouts, and show the fastest that fit")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="new or empty folder for plan.json, report.html, layout.yaml"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="new or empty folder for plan.json, report.html, layout.yaml, rehearse.sh",
     )
     options = parser.parse_intermixed_args(sys.argv[1:] if arguments is None else arguments)
     if options.gpus is None and not options.search:

@@ -148,7 +148,9 @@ def full_tensors(
         shards = [torch.empty_like(shard) for _ in range(size)] if on_first else None
         # The tensor group: its ranks hold the parts of one parameter, and its rank 0 writes.
         torch.distributed.gather(shard.contiguous(), shards, group=groups.tp, group_dst=0)
-        yield rule.to_huggingface([part.cpu() for part in shards]) if shards is not None else {}
+        tensors = rule.to_huggingface([part.cpu() for part in shards]) if shards is not None else {}
+        del shards  # from the device, before the next parameter's are made
+        yield tensors
 
 
 def check_free(output: Path) -> None:

@@ -131,7 +131,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor, is_first: bool) -> None:
-    """total [vocab_local, hidden] (+)= grad_logits.T @ hidden, in one pass over `total` where a product can add to it."""
+    """total [vocab_local, hidden] += grad_logits.T @ hidden, or = where it is the first.
+
+    In one pass over `total` where a product can add to it.
+    """
     if total.dtype == hidden.dtype:
         total.addmm_(grad_logits.t(), hidden, beta=0 if is_first else 1)
     elif not hidden.is_cuda:
@@ -147,7 +150,8 @@ def _add_product(total: Tensor, grad_logits: Tensor, hidden: Tensor, is_first: b
 
 
 def _delivered(weight: Tensor, gradient: Tensor, factor: Tensor) -> Tensor:
-    """Hands gradient * factor (a scalar) over, and overwrites `gradient`: to Megatron's fp32 sum of all micro-batches where there is one, else to autograd.
+    """Hands gradient * factor (a scalar) over: to Megatron's fp32 sum of all micro-batches where there is one, else to
+    autograd, and then it overwrites `gradient`.
 
     What autograd gets in the first case only says that the gradient is there, which starts the reduction of its bucket.
     Megatron leaves it out by `grad_added_to_main_grad`; but where the weight is the embedding's as well

@@ -1,6 +1,7 @@
 """What `tools/plan.py` does."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from longred_megatron.planning.changes import best_changes
 from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.page import page
 from longred_megatron.planning.plan import Change, PhasePlan, plan_phase, report, to_json
-from longred_megatron.recipe import check_phases, load_recipe, read_phases
+from longred_megatron.recipe import check_phases, load_recipe, read_phases, recipe_yaml
 
-PLAN, SETTINGS = "plan.json", "layout.yaml"
+PLAN, SETTINGS, REHEARSALS = "plan.json", "layout.yaml", "rehearse.sh"
 MOST_GPUS = 4096
 
 
@@ -41,7 +42,7 @@ def search_layouts(
     recipe: Path, overrides: Sequence[str], gpu_name: str, num_gpus: int | None, output: Path | None
 ) -> str:
     """The fastest layouts on so many GPUs; None: on the fewest that one fits. With `output`, the first one's
-    plan.json, layout.yaml and a page in a new folder.
+    plan.json, layout.yaml, a page, and rehearse.sh with a command for each that is shown, in a new folder.
 
     Raises:
         UserError: as `plan_run`; no layout fits.
@@ -54,9 +55,19 @@ def search_layouts(
     if not found.fitting:
         raise UserError(shown)
     first = found.fitting[0]
+    rehearsals = [_rehearsal(recipe, overrides, each) for each in found.fitting[: search.MOST_SHOWN]]
     if output is not None:
-        _write(output, first.plans, found=found)
-    return shown + "\n\n" + report(first.plans)
+        _write(output, first.plans, found=found, rehearsals=rehearsals)
+    return f"{shown}\n\nrehearse the first on a CPU:\n{rehearsals[0]}\n\n{report(first.plans)}"
+
+
+def _rehearsal(recipe: Path, overrides: Sequence[str], found: search.Found) -> str:
+    """The command that runs a layout on a CPU, with tiny widths."""
+    changed = search.overrides_of(found)
+    keys = {each.split("=")[0] for each in changed}
+    kept = [each for each in overrides if each.split("=")[0] not in keys]
+    words = ["python", "-m", "longred_megatron.train", str(recipe), *kept, *changed]
+    return shlex.join([*words, "--rehearse"])
 
 
 def _check(output: Path | None) -> None:
@@ -68,10 +79,18 @@ def _check(output: Path | None) -> None:
 
 
 def _write(
-    output: Path, plans: Sequence[PhasePlan], changes: Sequence[Change] = (), found: search.Outcome | None = None
+    output: Path,
+    plans: Sequence[PhasePlan],
+    changes: Sequence[Change] = (),
+    found: search.Outcome | None = None,
+    rehearsals: Sequence[str] = (),
 ) -> None:
     with appearing_folder(output) as partial:
         write_text(partial / PLAN, json.dumps(to_json(plans, changes), indent=1))
         write_text(partial / PAGE, page(plans, changes, found))
+        if rehearsals:
+            write_text(
+                partial / REHEARSALS, "\n".join(["set -e  # one of each layout that was shown", *rehearsals, ""])
+            )
         if found is not None:
-            write_text(partial / SETTINGS, search.settings_of(found.fitting[0]))
+            write_text(partial / SETTINGS, recipe_yaml.dump(search.settings_of(found.fitting[0])))

@@ -32,6 +32,8 @@ class Gpu(Settings):
     link_efficiency: Share
     network_efficiency: Share
     reserved_bytes: Annotated[float, Field(ge=0)]
+    operation_host_seconds: Annotated[float, Field(ge=0)]
+    step_host_seconds: Annotated[float, Field(ge=0)]
     dollars_per_hour: PositiveFloat | None
 
 

@@ -20,7 +20,8 @@ from longred_megatron.planning.operations import (
     without_graph,
 )
 from longred_megatron.planning.order import replica_orders
-from longred_megatron.planning.parameters import ChunkModel, buffer_elements, elements, stage_chunks
+from longred_megatron.planning.parameters import MATRICES, ChunkModel, buffer_elements, elements, stage_chunks
+from longred_megatron.planning.saving import export_bytes
 from longred_megatron.planning.schedule import stage_passes
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
@@ -68,18 +69,6 @@ def fullest_rank(phase: Phase, world_size: int, gpu: bool) -> RankMemory:
     return max(found, key=lambda each: each.peak.total)
 
 
-def checkpoint_bytes(phase: Phase, world_size: int) -> float:
-    """What the fullest rank writes of a checkpoint: (b * N + 12 * trained N) / (dp * cp).
-
-    b: bytes of a number. N: of the fullest stage. 12: an fp32 copy of each trained parameter, whatever its own type,
-    and Adam's two moments.
-    """
-    p, precision, trainable = phase.recipe.parallel, phase.recipe.precision, phase.recipe.training.trainable
-    stages = [stage_chunks(phase.source, p, stage) for stage in range(p.pipeline)]
-    whole = max(precision.number_bytes * elements(own) + 12 * elements(own, trainable) for own in stages)
-    return whole / (world_size // (p.tensor * p.pipeline))
-
-
 class StageMemory:
     """The memory of one stage's ranks in a phase. world_size: ranks of the whole run."""
 
@@ -102,22 +91,30 @@ class StageMemory:
         ranks = self.replicas * p.context
         buffers = buffer_elements(self.chunks, parts, ranks)
         frozen = elements(self.chunks) - elements(self.chunks, parts)
-        teachers = 0
+        fp8, of_teacher = recipe.precision.fp8_weight_bytes, recipe.precision.of_teacher().fp8_weight_bytes
+        taught = [elements(own) for _, own in self.teacher_chunks]
+        copies = fp8 * elements(self.chunks, MATRICES)  # of a teacher, which has no backward pass, not the transposed
+        copies += sum(of_teacher / 2 * elements(own, MATRICES) for _, own in self.teacher_chunks)
+        return {
+            "weights": self.size * (buffers + frozen),
+            "gradients": GRADIENT_BYTES * buffers,
+            "optimizer": recipe.precision.optimizer_bytes * buffers / ranks,
+            "teacher": self.size * sum(taught),
+            "fp8 weights": copies,
+        }
+
+    @cached_property
+    def teacher_chunks(self) -> list[tuple[Architecture, list[ChunkModel]]]:
+        """Each teacher, and its chunks on this stage up to the deepest layer that a loss needs."""
+        found, p = [], self.parallel
         for hf, teacher in self.phase.teachers.items():
             needs = self.phase.taught_by(hf).values()
             depth = max(each.teacher_depth(teacher.num_layers) for each in needs)
             head = any(each.teacher_head for each in needs)
             teacher = replace(teacher, vocab_size=self.phase.source.vocab_size)  # cut as the student's head is
-            own = stage_chunks(
-                teacher, p.of_teacher(teacher.num_layers), self.stage, depth=depth, head=head, copy=False
-            )
-            teachers += elements(own)
-        return {
-            "weights": self.size * (buffers + frozen),
-            "gradients": GRADIENT_BYTES * buffers,
-            "optimizer": recipe.precision.optimizer_bytes * buffers / ranks,
-            "teacher": self.size * teachers,
-        }
+            layout = p.of_teacher(teacher.num_layers)
+            found.append((teacher, stage_chunks(teacher, layout, self.stage, depth=depth, head=head, copy=False)))
+        return found
 
     @cached_property
     def orders(self) -> list[tuple[str, ...]]:
@@ -129,7 +126,9 @@ class StageMemory:
         """Of a rank of the replica that needs most."""
         resident = self.resident
         passes = max((self._passes_peak(own, resident) for own in self.orders), key=lambda peak: peak.total)
-        return RankMemory(self.stage, resident, (passes, self._optimizer_peak(resident)))
+        gathered = export_bytes(self.chunks, self.parallel.tensor, self.size)
+        export = Peak("the export", resident | {"gathered parameter": gathered, "buffers": self._buffers()})
+        return RankMemory(self.stage, resident, (passes, self._optimizer_peak(resident), export))
 
     # The forward and backward passes.
 
@@ -140,19 +139,21 @@ class StageMemory:
         waiting = sum(targets.values())
         best = self._teacher_peak(order, waiting) if pipelined else Peak("before the student's passes", {})
         kept: dict[tuple[int, int], float] = {}
+        left = self.left_inputs
+        newest = dict.fromkeys(left, -1)  # by chunk: its last micro-batch; -1: of the step before
         schedule = stage_passes(self.stage, self.parallel.pipeline, len(self.chunks), len(order))
         for chunk, number, backward in schedule:
             name = order[number]
             if not pipelined and not backward:
                 targets[number] = waiting = self.targets(name)
-                asked = Peak(
-                    f"the teacher's pass of {name}",
-                    {"targets": targets[number], "activations": self.teacher_working(name)},
-                )
-                best = max(best, asked, key=lambda peak: peak.total)
+                asked = {"targets": targets[number], "activations": self.teacher_working(name)}
+                best = max(best, Peak(f"the teacher's pass of {name}", asked), key=lambda peak: peak.total)
             own = self.cost(chunk, name)
             others = sum(kept.values()) - kept.get((chunk, number), 0.0)
-            now = others + (own.backward if backward else own.forward)
+            if not backward:
+                newest[chunk] = number
+            through = sum(size for at, size in left.items() if (at, newest[at]) not in kept and at != chunk)
+            now = others + (own.backward if backward else own.forward) + through
             # A loss's backward pass is the first, and then its targets are free.
             held = waiting - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
             peak = Peak(
@@ -180,8 +181,8 @@ class StageMemory:
         site, needs = self.phase.sites[name], self.phase.needs[name]
         if not needs.teacher:
             return 0.0
-        tokens = self._tokens(self.phase.recipe.objectives[name], site)
-        operations = self.how.layer(_widths(site.teacher, self.parallel.tensor), tokens, self.size)
+        tokens = self.tokens(self.phase.recipe.objectives[name], site)
+        operations = self.layer_operations(site.teacher, tokens)
         return (
             without_graph(operations)
             + tokens.own * site.teacher.hidden_size * self.size
@@ -204,7 +205,7 @@ class StageMemory:
         return (tap for tap in self.phase.needs[name].kept_taps(depth) if stages[tap.layer] == self.stage)
 
     def _tap_bytes(self, tap: Tap, model: Architecture, name: str) -> float:
-        tokens = self._tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
+        tokens = self.tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
         if tap.what in ("hidden", "attention_output"):
             return tokens.own * model.hidden_size * self.size
         if top := self.phase.needs[name].teacher_top if tap.what in ("entries", "log_probabilities") else None:
@@ -212,7 +213,12 @@ class StageMemory:
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 
-    def _tokens(self, objective: Objective, site: Site) -> Tokens:
+    def layer_operations(self, model: Architecture, tokens: Tokens) -> list[Operation]:
+        """Of one layer, in order."""
+        return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, self.size)
+
+    def tokens(self, objective: Objective, site: Site) -> Tokens:
+        """Of a micro-batch of the objective."""
         p = self.parallel
         all_tokens = site.rank_tokens
         own = all_tokens / (p.tensor if p.sequence else 1)
@@ -239,10 +245,10 @@ class StageMemory:
 
     def _pieces(self, chunk: ChunkModel, name: str) -> Iterator[Cost]:
         recipe, site, needs = self.phase.recipe, self.phase.sites[name], self.phase.needs[name]
-        tokens = self._tokens(recipe.objectives[name], site)
+        tokens = self.tokens(recipe.objectives[name], site)
         model, size = self.phase.source, self.size
         state = tokens.own * model.hidden_size * size
-        operations = self.how.layer(_widths(model, self.parallel.tensor), tokens, size)
+        operations = self.layer_operations(model, tokens)
         recompute = recipe.training.recompute
         table = self._table(tokens, model)
         yield Cost(table, table + state, 0.0)
@@ -294,40 +300,41 @@ class StageMemory:
         """The step's micro-batches: tokens, labels and one or two rows of positions, int64."""
         if not self.how.inputs_moved:
             return 0.0
-        return sum(
-            8 * (4 if self.phase.needs[name].teacher else 3) * self.phase.sites[name].rank_tokens for name in order
-        )
+        rows = {name: 4 if needs.teacher else 3 for name, needs in self.phase.needs.items()}
+        return sum(8 * rows[name] * self.phase.sites[name].rank_tokens for name in order)
+
+    def _state(self, model: Architecture) -> float:
+        """Hidden states of a micro-batch, as one stage sends them to the next."""
+        p = self.parallel
+        tokens = self.phase.recipe.step.tokens_per_microbatch / p.context / (p.tensor if p.sequence else 1)
+        return tokens * model.hidden_size * self.size
+
+    @cached_property
+    def left_inputs(self) -> dict[int, float]:
+        """By chunk: what its module still has of its last micro-batch when that is through, the input that came from
+        another stage and its gradient (Megatron's `TransformerBlock.input_tensor`)."""
+        pipelined = self.parallel.pipeline > 1
+        return {i: 2 * self._state(self.phase.source) for i, c in enumerate(self.chunks) if pipelined and not c.first}
 
     def _buffers(self) -> float:
-        """Megatron's buffer for the tokens of all tensor ranks, one for all layers; and what has come from the stages
-        before and after, a state and a gradient."""
+        """Megatron's buffer for the tokens of all tensor ranks, one for all layers; what has come from the stages
+        before and after, a state and a gradient; and the teachers' last inputs."""
         p, model = self.parallel, self.phase.source
-        tokens = self.phase.recipe.step.tokens_per_microbatch / p.context
-        state = tokens * self.size / (p.tensor if p.sequence else 1)
-        neighbours = (self.stage > 0 or bool(p.virtual_pipeline)) + (
-            self.stage < p.pipeline - 1 or bool(p.virtual_pipeline)
+        inner = bool(p.virtual_pipeline)
+        neighbours = (self.stage > 0 or inner) + (self.stage < p.pipeline - 1 or inner)
+        messages = neighbours * self._state(model)
+        messages += sum(
+            self._state(teacher) for teacher, own in self.teacher_chunks for c in own if c.layers and not c.first
         )
-        messages = neighbours * state * model.hidden_size if p.pipeline > 1 else 0.0
-        widest = max([model.hidden_size, *(t.hidden_size for t in self.phase.teachers.values())])
-        return messages + (tokens * widest * self.size if p.sequence else 0.0)
+        widest = max([model, *self.phase.teachers.values()], key=lambda each: each.hidden_size)
+        return (messages if p.pipeline > 1 else 0.0) + (p.tensor * self._state(widest) if p.sequence else 0.0)
 
     def _optimizer_peak(self, resident: Bytes) -> Peak:
         ranks = self.replicas * self.parallel.context
         largest = max((p.elements for chunk in self.chunks for p in chunk.parameters), default=0)
         share = min(largest, buffer_elements(self.chunks, None, ranks) / ranks)
+        buffers = self._buffers() + sum(self.left_inputs.values())
         return Peak(
             "the optimizer's step",
-            resident | {"optimizer temporaries": 4 * self.how.optimizer_copies * share, "buffers": self._buffers()},
+            resident | {"optimizer temporaries": 4 * self.how.optimizer_copies * share, "buffers": buffers},
         )
-
-
-def _widths(model: Architecture, tensor: int) -> Widths:
-    return Widths(
-        hidden=model.hidden_size,
-        query=model.num_attention_heads * model.head_dim / tensor,
-        kv=model.num_kv_heads * model.head_dim / tensor,
-        ffn=model.intermediate_size / tensor,
-        heads=model.num_attention_heads / tensor,
-        head_dim=model.head_dim,
-        qk_norm=model.qk_norm,
-    )

@@ -5,7 +5,9 @@ One list of operations per implementation of a layer; kept bytes and both peaks 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from longred_megatron.families import Architecture
 
 
 class Operation(NamedTuple):
@@ -95,6 +97,19 @@ class Widths:
     heads: float
     head_dim: int
     qk_norm: bool
+
+    @classmethod
+    def of(cls, model: Architecture, tensor: int) -> Self:
+        """One of `tensor` ranks."""
+        return cls(
+            hidden=model.hidden_size,
+            query=model.num_attention_heads * model.head_dim / tensor,
+            kv=model.num_kv_heads * model.head_dim / tensor,
+            ffn=model.intermediate_size / tensor,
+            heads=model.num_attention_heads / tensor,
+            head_dim=model.head_dim,
+            qk_norm=model.qk_norm,
+        )
 
 
 LayerOperations = Callable[[Widths, Tokens, int], list[Operation]]

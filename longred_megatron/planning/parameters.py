@@ -8,6 +8,7 @@ from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part, Rule
 from longred_megatron.layout import Parallel
 
+MATRICES: tuple[Part, ...] = ("mlp", "attention")  # and their biases, which are small
 START_MULTIPLE, END_MULTIPLE = 64, 128  # elements; megatron/core/optimizer/param_layout.py
 
 

@@ -1,5 +1,6 @@
 """Layouts of a run on so many GPUs: which fit, how long each takes, and why the others do not."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -108,15 +109,29 @@ def with_layout(phase: Phase, parallel: Parallel, recompute: str) -> Phase:
     return replace(phase, recipe=recipe.model_copy(update=changed))
 
 
-def settings_of(found: Found) -> str:
-    """The YAML to put into the recipe."""
+def settings_of(found: Found) -> dict[str, Any]:
+    """The recipe's values in this layout: all axes, so that they replace those of any recipe."""
     recipe = found.plans[0].phase.recipe
-    parallel = recipe.parallel.model_dump(mode="json", exclude_defaults=True)
-    values: dict[str, Any] = {"parallel": parallel, "training": {"recompute": recipe.training.recompute}}
-    whole = {n: {"whole_sequences": o.whole_sequences} for n, o in recipe.objectives.items()}
-    if recipe.parallel.context > 1:
-        values["objectives"] = whole
-    return recipe_yaml.dump(values)
+    axes = {"tensor", "pipeline", "virtual_pipeline", "layers_per_chunk", "context", "sequence"}
+    return {
+        "parallel": recipe.parallel.model_dump(mode="json", include=axes),
+        "training": {"recompute": recipe.training.recompute},
+        "objectives": {n: {"whole_sequences": o.whole_sequences} for n, o in recipe.objectives.items()},
+    }
+
+
+def overrides_of(found: Found) -> list[str]:
+    """The same as KEY=VALUE of a command line."""
+    settings = settings_of(found)
+    values = {
+        f"{section}.{key}": value for section in ("parallel", "training") for key, value in settings[section].items()
+    }
+    whole = {
+        f"objectives.{name}.whole_sequences": each["whole_sequences"] for name, each in settings["objectives"].items()
+    }
+    return [
+        f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in (values | whole).items()
+    ]
 
 
 def report(outcome: Outcome, gpu: Gpu) -> str:
@@ -130,7 +145,7 @@ def report(outcome: Outcome, gpu: Gpu) -> str:
             axes = [shape[key] or 1 for key in ("tensor", "pipeline", "virtual_pipeline", "context", "data")]
             numbers = [f"{found.hours:.2f}", f"{found.needed_bytes / GIB:.1f}", f"{plan.model_flops_utilization:.0%}"]
             lines.append(_row([*axes, shape["recompute"], *numbers]))
-        lines += ["settings of the first:", settings_of(outcome.fitting[0]).rstrip()]
+        lines += ["settings of the first:", recipe_yaml.dump(settings_of(outcome.fitting[0])).rstrip()]
     else:
         lines.append(f"no layout fits on {outcome.world_size} GPUs")
     if outcome.too_large:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from longred_megatron.families import Architecture
 from longred_megatron.objectives.base import Needs
 from longred_megatron.planning.cache_size import cache_lines
-from longred_megatron.planning.memory import checkpoint_bytes, fullest_rank
+from longred_megatron.planning.memory import fullest_rank
 from longred_megatron.planning.plan import GIB
+from longred_megatron.planning.saving import checkpoint_bytes
 from longred_megatron.precision import ATTENTION_NOTE, GRADIENT_BYTES, Precision
 from longred_megatron.recipe import Phase, Recipe
 
@@ -140,6 +141,8 @@ def _memory_lines(phase: Phase, world_size: int, gpu: bool) -> Block:
         "inputs": "token ids, labels and positions of the step",
         "buffers": "of messages between ranks",
         "optimizer temporaries": "while the optimizer steps",
+        "fp8 weights": "Transformer Engine's copies, for all micro-batches of a step",
+        "gathered parameter": "the largest, of all tensor ranks",
     }
     parts = tuple((part, f"{size / GIB:.2f} GiB ({made_of[part]})") for part, size in peak.parts.items() if size)
     where = f"stage {fullest.stage}, {peak.moment}" if recipe.parallel.pipeline > 1 else peak.moment

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part
 from longred_megatron.kernels.linear_loss import CHUNK_BYTES
+from longred_megatron.layout import Parallel
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import StageMemory
-from longred_megatron.planning.parameters import ChunkModel
+from longred_megatron.planning.parameters import MATRICES, ChunkModel
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 
@@ -22,7 +23,20 @@ LOSS_PASSES = 4
 # Adam: reads gradient, fp32 weight and two moments, writes the last three and the new weight.
 ADAM_TRAFFIC = 4 + 3 * 4 + 3 * 4
 MLP: tuple[Part, ...] = ("mlp",)
-MATRICES: tuple[Part, ...] = ("mlp", "attention")
+
+
+class LayerMessages(NamedTuple):
+    """All-gathers and reduce-scatters of hidden states over the tensor ranks in one layer; an all-reduce is both."""
+
+    forward: int
+    backward: int
+    recomputed: int
+
+
+def layer_messages(parallel: Parallel, recompute: str) -> LayerMessages:
+    """Before and after attention, before and after the MLP. Under sequence parallelism, backward gathers the inputs of
+    both once more for the gradients of weights."""
+    return LayerMessages(4, 6 if parallel.sequence else 4, {"none": 0, "selective": 2, "full": 4}[recompute])
 
 
 class PassTime(NamedTuple):
@@ -37,6 +51,7 @@ class StageTime:
 
     def __init__(self, phase: Phase, world_size: int, memory: StageMemory, gpu: Gpu) -> None:
         self.phase, self.gpu, self.memory, self.world_size = phase, gpu, memory, world_size
+        self.messages = layer_messages(phase.recipe.parallel, phase.recipe.training.recompute)
         self.chunk_time = cache(self._chunk_time)
         self.teacher_seconds = cache(self._teacher_seconds)
         self.data_bytes = cache(self._data_bytes)
@@ -77,9 +92,18 @@ class StageTime:
             "matrix products": self._matrix(products, layers),
             "attention": attention_seconds,
             "elementwise": self._touched(touched),
-            "tensor-parallel messages": 4 * self.tensor_bytes(model, name) / self.link("tensor"),
+            "tensor-parallel messages": self.messages.forward * self.tensor_bytes(model, name) / self.link("tensor"),
             "context-parallel messages": max(0.0, ring - attention_seconds),
         }
+
+    def host_seconds(self, model: Architecture, name: str) -> float:
+        """What a process takes to start one layer's forward pass: each operation once, attention for each part of the
+        context ring."""
+        site, objective = self.phase.sites[name], self.phase.recipe.objectives[name]
+        operations = len(self.memory.layer_operations(model, self.memory.tokens(objective, site)))
+        if not objective.whole_sequences:
+            operations += self.phase.recipe.parallel.context - 1
+        return operations * self.gpu.operation_host_seconds
 
     def tensor_bytes(self, model: Architecture, name: str) -> float:
         """One all-gather or reduce-scatter of a micro-batch's hidden states over the tensor ranks, sent by a rank."""
@@ -95,23 +119,25 @@ class StageTime:
         return (p.context - 1) * self.phase.sites[name].rank_tokens * kv
 
     def end_bytes(self, chunk: ChunkModel, name: str) -> float:
-        """Sent by a tensor rank for the embedding's output, and for the head's input and its gradient."""
+        """Sent by a tensor rank for the embedding's output, for the head's input and its gradient, and for the input of
+        a teacher's head, which each rank has but under sequence parallelism."""
+        needs, gathered = self.phase.needs[name], self.phase.recipe.parallel.sequence
         embedding = 2 * chunk.first  # an all-reduce forward; or a reduce-scatter, and an all-gather backward
-        head = 2 * (chunk.last and self.phase.needs[name].student_head)
-        return (embedding + head) * self.tensor_bytes(self.phase.source, name)
+        head = 2 * (chunk.last and needs.student_head)
+        sent = (embedding + head) * self.tensor_bytes(self.phase.source, name)
+        if chunk.last and needs.teacher_head and gathered:
+            sent += self.tensor_bytes(self.phase.sites[name].teacher, name)
+        return sent
 
     def tensor_step_bytes(self, name: str) -> float:
         """All of a micro-batch's tensor-parallel messages on this stage."""
-        recipe, needs = self.phase.recipe, self.phase.needs[name]
-        layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
-        passes = 4 + (6 if recipe.parallel.sequence else 4) + 4 * (recipe.training.recompute == "full")
-        sent = layers * passes * self.tensor_bytes(self.phase.source, name)
+        needs, layers = self.phase.needs[name], sum(len(chunk.layers) for chunk in self.memory.chunks)
+        sent = layers * sum(self.messages) * self.tensor_bytes(self.phase.source, name)
         sent += sum(self.end_bytes(chunk, name) for chunk in self.memory.chunks)
         if needs.teacher:
-            embedding = (1 if recipe.parallel.sequence else 2) * (self.memory.stage == 0)
-            sent += (4 * self._teacher_layers(name) + embedding) * self.tensor_bytes(
-                self.phase.sites[name].teacher, name
-            )
+            embedding = (1 if self.phase.recipe.parallel.sequence else 2) * (self.memory.stage == 0)
+            messages = self.messages.forward * self._teacher_layers(name) + embedding
+            sent += messages * self.tensor_bytes(self.phase.sites[name].teacher, name)
         return sent
 
     def context_step_bytes(self, name: str) -> float:
@@ -158,7 +184,8 @@ class StageTime:
         if not needs.teacher:
             return {}
         fp8 = self.phase.recipe.precision.of_teacher().fp8 is not None
-        return {"teacher": self._teacher_layers(name) * sum(self.layer_seconds(site.teacher, name, fp8).values())}
+        layer = sum(self.layer_seconds(site.teacher, name, fp8).values())
+        return {"teacher": self._teacher_layers(name) * max(layer, self.host_seconds(site.teacher, name))}
 
     def _chunk_time(self, number: int, name: str) -> PassTime:
         recipe, site, chunk = self.phase.recipe, self.phase.sites[name], self.memory.chunks[number]
@@ -167,15 +194,16 @@ class StageTime:
         forward = defaultdict(float, {part: len(chunk.layers) * seconds for part, seconds in layer.items()})
         backward = {part: 2 * seconds for part, seconds in forward.items()}
         backward["attention"] = ATTENTION_BACKWARD * forward["attention"]
-        if recipe.parallel.sequence:  # inputs are gathered once more for the gradients of weights
-            backward["tensor-parallel messages"] = 1.5 * forward["tensor-parallel messages"]
-        else:
-            backward["tensor-parallel messages"] = forward["tensor-parallel messages"]
+        message = forward["tensor-parallel messages"] / self.messages.forward
+        backward["tensor-parallel messages"] = self.messages.backward * message
         if recompute == "full":
             backward["recomputation"] = sum(forward.values())
         elif recompute == "selective":
             mlp = model.layer_parameters(MLP) / model.layer_parameters(MATRICES)
-            backward["recomputation"] = forward["matrix products"] * mlp
+            backward["recomputation"] = forward["matrix products"] * mlp + self.messages.recomputed * message
+        host = len(chunk.layers) * self.host_seconds(model, name)
+        for passed, times in ((forward, 1), (backward, 3 if recompute == "full" else 2)):
+            passed["starting operations"] = max(0.0, times * host - sum(passed.values()))
         forward["tensor-parallel messages"] += self.end_bytes(chunk, name) / self.link("tensor")
         if chunk.last and self.phase.needs[name].student_head:
             heads = 3 + self.phase.needs[name].teacher_head  # two gradients are made with the logits
@@ -215,4 +243,5 @@ class StageTime:
         return {
             "data-parallel messages": sum(data.values()) / self.link("data"),
             "optimizer": self._touched(elements * ADAM_TRAFFIC),
+            "host beside the passes": self.gpu.step_host_seconds,
         }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longred_megatron.planning.memory import checkpoint_bytes
+from longred_megatron.planning.saving import checkpoint_bytes
 from longred_megatron.recipe import load_recipe, read_phases
 from tests.layouts.ranks import Case, run_all
 from tests.layouts.table import CHANGES, MODELS, SIZES

@@ -15,6 +15,8 @@ from transformer_engine.common import recipe
 from transformer_engine.pytorch import Linear, autocast
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
+from longred_megatron.planning.memory import StageMemory
+from longred_megatron.planning.operations import FUSED
 from tests.layouts.table import CHANGES, SIZES
 from tests.training.workspace import build_run, make_workspace
 
@@ -58,3 +60,22 @@ def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessG
         chunk.register_forward_hook(lambda *_: casts.append(install.calls["quantize"]))
     run.train_step.forward_backward(run.data.step(1, 0, 1))
     assert casts and sum(casts) == 0 < install.calls["quantize"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"fp8_recipe": "delayed"}, {"teacher_fp8": True}])
+def test_planned_copies_of_weights_are_kept(
+    settings: dict[str, object], tmp_path: Path, groups: ProcessGroupCollection
+) -> None:
+    precision = {"params": "bf16", "fp8": "hybrid", **settings}
+    run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
+    run.train_step(run.data.step(1, 0, 1))
+    teachers = [chunk for chunks in run.train_step.teachers.values() for chunk in chunks]
+    kept = [copy for chunk in (*run.chunks, *teachers) for m in chunk.modules() for copy in _copies(m)]
+    planned = StageMemory(run.phase, 1, 0, FUSED).resident["fp8 weights"]
+    assert sum(each.nbytes for each in kept) == planned > 0
+
+
+def _copies(module: torch.nn.Module) -> list[Tensor]:
+    """FP8 numbers that a module keeps of its weights, as they are and transposed."""
+    cached = getattr(module, "_fp8_workspaces", {}).values()
+    return [x for each in cached for x in (each._data, each._transpose) if x is not None]

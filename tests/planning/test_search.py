@@ -1,6 +1,7 @@
 """Layouts that are proposed: the recipe's checks take them, and nothing better was left out."""
 
 import json
+import shlex
 import time
 from dataclasses import replace
 from itertools import product
@@ -16,6 +17,7 @@ from longred_megatron.planning import search
 from longred_megatron.planning.gpus import Gpu, read_gpu
 from longred_megatron.planning.plan import plan_phase
 from longred_megatron.recipe import Phase, check_phases, load_recipe, read_phases
+from tests.training.test_rehearsal import RECIPES, hf_overrides
 from tests.training.workspace import make_workspace
 from tools import plan
 
@@ -99,7 +101,9 @@ def test_the_settings_can_be_put_into_the_recipe(
     assert "settings of the first:" in capsys.readouterr().out
     settings = yaml.safe_load((tmp_path / "o" / "layout.yaml").read_text())
     own = tmp_path / "own.yaml"
-    own.write_text(yaml.safe_dump({"base": str(recipe), **settings}))
+    base = tmp_path / "base.yaml"  # with a layout of its own, of which nothing is left
+    base.write_text(yaml.safe_dump({"base": str(recipe), "parallel": {"pipeline": 2, "virtual_pipeline": 2}}))
+    own.write_text(yaml.safe_dump({"base": str(base), **settings}))
     again = read_phases(load_recipe(own))
     content = json.loads((tmp_path / "o" / "plan.json").read_text())
     assert check_phases(again, 8, gpu=True) == []
@@ -118,8 +122,23 @@ def test_nothing_fits(recipe: Path, tmp_path: Path) -> None:
         plan.main([str(recipe), "--gpu", "h100-80gb"])
 
 
-def test_a_thousand_gpus_take_seconds(phases: list[Phase]) -> None:
+@pytest.mark.parametrize("name", ["llama3_8b_32k_longred_c", "llama3_8b_128k_longred_c"])
+def test_a_thousand_gpus_take_seconds(name: str, tmp_path: Path) -> None:
+    many = read_phases(load_recipe(RECIPES / f"{name}.yaml", hf_overrides(name, tmp_path)))
     start = time.process_time()
-    many = search.with_layout(phases[0], phases[0].recipe.parallel, "full")
-    search.search([many], 1024, gpu())
+    assert len(search.search(many, 1024, read_gpu("h100-80gb")).fitting) > 400
     assert time.process_time() - start < 10
+
+
+def test_each_proposal_has_its_rehearsal(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [str(recipe), "parallel.pipeline=2", "--gpu", "h100-80gb", "--gpus", "4", "--search"]
+    plan.main([*asked, "--output", str(tmp_path / "o")])
+    _, *commands = (tmp_path / "o" / "rehearse.sh").read_text().splitlines()
+    assert len(commands) == search.MOST_SHOWN and commands[0] in capsys.readouterr().out
+    outcome = search.search(read_phases(load_recipe(recipe)), 4, read_gpu("h100-80gb"))
+    for command, found in zip(commands, outcome.fitting, strict=False):
+        python, _, module, path, *overrides, rehearse = shlex.split(command)
+        assert (python, module, path, rehearse) == ("python", "longred_megatron.train", str(recipe), "--rehearse")
+        [phase] = read_phases(load_recipe(path, overrides))
+        assert phase.recipe.parallel == found.plans[0].phase.recipe.parallel
+        assert phase.recipe.training == found.plans[0].phase.recipe.training

@@ -1,0 +1,56 @@
+"""What an export holds on the device beside the model, on two tensor ranks of this CPU."""
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longred_megatron.checkpoint.huggingface import full_tensors
+from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.planning.memory import StageMemory
+from longred_megatron.planning.operations import FUSED
+from longred_megatron.recipe import load_recipe, read_phases
+from tests.planning.measure import SIZES
+from tests.training.workspace import build_run, make_workspace
+
+TENSOR = ("parallel.tensor=2",)
+
+
+def test_an_export_gathers_one_parameter_at_a_time(tmp_path: Path) -> None:
+    recipe = make_workspace(tmp_path, "llama_3", SIZES)
+    run_ranks(_rank, 2, recipe, tmp_path / "most.json")
+    most = json.loads((tmp_path / "most.json").read_text())
+    [phase] = read_phases(load_recipe(recipe, TENSOR))
+    export = StageMemory(phase, 2, 0, FUSED).memory().peaks[-1]
+    assert export.moment == "the export" and export.parts["gathered parameter"] == SIZES["vocab_size"] * 64 * 4
+    norms = 2 * SIZES["hidden_size"] * 4  # of both ranks; on a CPU the file's tensor is the gathered one
+    assert most <= export.parts["gathered parameter"] + norms
+
+
+def _rank(join: Callable[[str], None], recipe: Path, output: Path) -> None:
+    join("export")
+    groups = initialize(load_recipe(recipe, TENSOR).parallel, seed=1)
+    run = build_run(recipe, groups, *TENSOR)
+    alive: dict[int, int] = {}
+    most = 0
+    gather = torch.distributed.gather
+
+    def counted(shard: torch.Tensor, shards: list[torch.Tensor] | None, **more: Any) -> None:
+        nonlocal most
+        for part in shards or ():
+            storage = part.untyped_storage()
+            alive[id(storage)] = storage.nbytes()
+            weakref.finalize(storage, alive.pop, id(storage))
+        most = max(most, sum(alive.values()))
+        gather(shard, shards, **more)
+
+    torch.distributed.gather = counted
+    for _ in full_tensors(run.chunks, run.student, groups):
+        pass
+    if groups.tp.rank() == 0:
+        output.write_text(json.dumps(most))
+    destroy()
