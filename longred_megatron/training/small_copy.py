@@ -86,7 +86,7 @@ def _shrunk(
 ) -> dict[str, Any]:
     """A recipe's values, or a phase's changes, with the small models and texts of `folder`, lengths divided."""
     changes: dict[Mark, Callable[[Any], Any]] = {
-        Mark.PATH: lambda path: str(models.get(path, path)),
+        Mark.PATH: lambda path: path and str(models.get(path, path)),
         Mark.OUTPUT: lambda path: path and str(folder / "outputs" / Path(path).name),
         Mark.TOKENS: lambda length: length and max(1, length // factor),
         Mark.ENTRIES: lambda entries: entries and min(entries, VOCABULARY // 2),

@@ -13,8 +13,10 @@ import pytest
 from cache_targets import main as cache_targets
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
-from longred_megatron.recipe import load_recipe
+from longred_megatron.recipe import load_recipe, read_phases
 from longred_megatron.train import main as train_main
+from longred_megatron.training.rehearsal import SIZES
+from longred_megatron.training.small_copy import small_copy
 from tests.training.workspace import build_run, make_workspace, read_metrics, without_times
 
 STEPS = {"steps": 2, "recompute": "none", "checkpoint_every_steps": 100}
@@ -101,6 +103,14 @@ def test_a_run_may_go_on_with_a_cache(folder: Path, tmp_path: Path) -> None:
     train(folder / "recipe.yaml", f"run.dir={tmp_path}/run", "training.steps=1")
     train(folder / "recipe.yaml", f"run.dir={tmp_path}/run", f"teacher.cache={folder}/cache")
     assert losses(tmp_path / "run") == losses(folder / "live")
+
+
+def test_a_rehearsal_keeps_out_of_the_cache(folder: Path, tmp_path: Path) -> None:
+    for overrides in ((), (f"teacher.cache={folder}/cache",)):
+        recipe = load_recipe(folder / "recipe.yaml", overrides)
+        values, _ = small_copy(recipe, read_phases(recipe), tmp_path / str(len(overrides)), SIZES)
+        cache = values["teacher"]["cache"]
+        assert cache is None if not overrides else Path(cache).is_relative_to(tmp_path)
 
 
 @pytest.mark.parametrize(
