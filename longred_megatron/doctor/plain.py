@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longred_megatron.families import Architecture
-from longred_megatron.kernels.top_entries import TopEntries
-from longred_megatron.objectives.base import Activations, Head, Needs, Tap, Top
+from longred_megatron.kernels.top_entries import Entries
+from longred_megatron.objectives.base import Activations, Head, HeadEntries, Needs, Tap
 from longred_megatron.recipe import Phase
 from longred_megatron.training.microbatches import MicroBatch
 
@@ -63,7 +63,7 @@ def plain_step(
             teacher = ours if folder is None else theirs[folder]
             with torch.no_grad():
                 target = _activations(teacher, local, local.teacher_positions, taps, needs.teacher_head)
-                target = _with_top(target, needs.teacher_top)
+                target = _with_entries(target, needs.teacher_entries, local.uniforms)
         own = _activations(ours, local, local.student_positions, needs.pairs.keys(), needs.student_head)
         terms = settings.loss(own, _under_our_taps(needs, target), local, groups)
         loss = torch.stack([term.share for term in terms]).sum()
@@ -95,15 +95,20 @@ def _under_our_taps(needs: Needs, teacher: Activations | None) -> Activations:
     return replace(teacher, taps={tap: teacher.taps[needs.pairs[tap]] for tap in needs.pairs})
 
 
-def _with_top(teacher: Activations, top: Top | None) -> Activations:
-    """The teacher's likeliest entries in place of its head, where a loss takes these."""
-    if top is None or teacher.head is None:
+def _with_entries(teacher: Activations, few: HeadEntries | None, uniforms: Tensor | None) -> Activations:
+    """A few of the teacher's entries in place of its head, where a loss takes these."""
+    if few is None or teacher.head is None:
         return teacher
-    logits = teacher.head.hidden @ teacher.head.weight[: top.vocab_size].t()
-    likelihoods = (logits.float() / top.temperature).softmax(-1)
-    chosen, entries = likelihoods.topk(top.k)
-    with_rest = torch.cat([chosen, likelihoods.scatter(-1, entries, 0).sum(-1, keepdim=True)], -1)
-    return replace(teacher, head=None, top=TopEntries(entries.int(), with_rest.log(), top.vocab_size))
+    logits = teacher.head.hidden @ teacher.head.weight[: few.vocab_size].t()
+    likelihoods = (logits.float() / few.temperature).softmax(-1)
+    if few.drawn:
+        assert uniforms is not None
+        entries = torch.searchsorted(likelihoods.cumsum(-1), uniforms.flatten(0, 1)).clamp_(max=few.vocab_size - 1)
+        found = likelihoods.gather(-1, entries)
+    else:
+        chosen, entries = likelihoods.topk(few.number)
+        found = torch.cat([chosen, likelihoods.scatter(-1, entries, 0).sum(-1, keepdim=True)], -1)
+    return replace(teacher, head=None, entries=Entries(entries.int(), found.log(), few.vocab_size))
 
 
 def _activations(model: Any, m: MicroBatch, positions: Tensor, taps: Collection[Tap], head: bool) -> Activations:

@@ -23,11 +23,11 @@ from longred_megatron.kernels.divergence import (
 from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, linear_loss, tokens_of_chunk
 
 
-class TopEntries(NamedTuple):
-    """Of each token the k entries of the whole vocabulary that a teacher holds likeliest, the same on all ranks.
+class Entries(NamedTuple):
+    """Of each token a few entries of the whole vocabulary that say something of a teacher, the same on all ranks.
 
-    entries: [tokens, k] int32. log_probabilities: [tokens, k + 1], theirs and last that of all others; fp32 or fp64.
-    vocab_size: of the vocabulary, without padding.
+    entries: [tokens, k] int32. log_probabilities: theirs, fp32 or fp64: [tokens, k + 1] of the likeliest, last that of
+    all others; [tokens, k] of drawn ones. vocab_size: of the vocabulary, without padding.
     """
 
     entries: Tensor
@@ -45,7 +45,7 @@ def linear_top_entries(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
-) -> TopEntries:
+) -> Entries:
     """The k likeliest of softmax(hidden @ weight.T / temperature), chunk by chunk of tokens.
 
     hidden [tokens, hidden], weight [vocab_local, hidden], group: as in `linear_distillation`.
@@ -60,7 +60,7 @@ def linear_top_entries(
         logits = chunk @ weight.t()
         parts.append(_top_entries(scaled_logits(logits, temperature, shard, arithmetic_dtype(logits)), k, shard))
     entries, log_probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return TopEntries(entries, log_probabilities, vocab_size)
+    return Entries(entries, log_probabilities, vocab_size)
 
 
 def _top_entries(logits: Tensor, k: int, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
@@ -76,14 +76,14 @@ def _top_entries(logits: Tensor, k: int, shard: VocabularyShard) -> tuple[Tensor
     # A stable sort of the same numbers: all ranks choose the same entries, also among equal ones.
     top, chosen = (one[:, :k] for one in top.sort(dim=1, descending=True, stable=True))
     entries = entries.gather(1, chosen)
-    columns, is_here = _columns(entries, shard)
+    columns, is_here = columns_here(entries, shard)
     logits.scatter_add_(1, columns, torch.where(is_here, NO_PROBABILITY, 0).to(logits.dtype))
     [maximum], [rest] = shift([logits], shard)
     log_probabilities = torch.cat([top - maximum.unsqueeze(1), rest.unsqueeze(1)], 1).log_softmax(1)
     return entries.int(), log_probabilities
 
 
-def _columns(entries: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+def columns_here(entries: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     """Of entries [chunk, k], which columns of this rank's logits they are (else any), and whether they are here."""
     columns = entries.long() - shard.first
     is_here = (columns >= 0) & (columns < shard.num_real)
@@ -93,7 +93,7 @@ def _columns(entries: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
 def linear_top_distillation(
     hidden: Tensor,
     weight: Tensor,
-    teacher: TopEntries,
+    teacher: Entries,
     labels: Tensor,
     *,
     direction: Direction = "forward",
@@ -122,7 +122,7 @@ def _divergence(
     student: Tensor, entries: Tensor, log_t: Tensor, direction: Direction, shard: VocabularyShard
 ) -> tuple[Tensor, Tensor]:
     """D of each token [chunk], and its gradient by the student's logits [chunk, vocab_local], which it overwrites."""
-    columns, is_here = _columns(entries, shard)
+    columns, is_here = columns_here(entries, shard)
     top = student.gather(1, columns).where(is_here, 0)
     # Tensor-parallel group: one of its ranks has the student's logit of each.
     shard.all_reduce(top)

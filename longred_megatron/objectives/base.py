@@ -15,13 +15,13 @@ from torch import Generator, Tensor
 from longred_megatron.data.sequences import IndexedSequences, Series
 from longred_megatron.errors import listed, multiples
 from longred_megatron.families import Architecture
-from longred_megatron.kernels.top_entries import TopEntries
+from longred_megatron.kernels.top_entries import Entries
 from longred_megatron.layout import Parallel
 from longred_megatron.objectives.layers import Layers as Layers
 from longred_megatron.objectives.layers import layer_problems
+from longred_megatron.objectives.needs import HeadEntries as HeadEntries
 from longred_megatron.objectives.needs import Needs as Needs
 from longred_megatron.objectives.needs import Tap as Tap
-from longred_megatron.objectives.needs import Top as Top
 from longred_megatron.precision import Precision
 from longred_megatron.settings import (
     Mark,
@@ -77,6 +77,7 @@ class Batch:
     teacher_positions: Tensor | None = None  # [n, s] int64; None where there is no teacher
     num_valid_tokens: int  # N_i of the step loss: the tokens that the loss is averaged over
     documents: Sequence[Sequence[int]] | None = None  # their lengths in each sequence, where each sees only itself
+    uniforms: Tensor | None = None  # [n, s, draws] in [0, 1), where entries of the teacher's vocabulary are drawn
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class Activations:
     taps: those of the student's that lie in the chunk, also for the teacher's values. Hidden states and attention
     outputs: [tokens, 1, hidden], the context rank's tokens, split over the tensor ranks under sequence parallelism.
     query, key, value: [tokens, 1, heads / tensor, head_dim], all of the context rank's tokens.
-    head, top: on the last chunk, where it is needed.
+    head, entries: on the last chunk, where it is needed.
     hidden_copies: whether each tensor rank has all tokens of a hidden state.
     """
 
     taps: Mapping[Tap, Tensor]
     head: Head | None
     hidden_copies: Copies
-    top: TopEntries | None = None
+    entries: Entries | None = None
 
 
 class Term(NamedTuple):

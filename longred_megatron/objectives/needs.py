@@ -12,23 +12,29 @@ class Tap(NamedTuple):
     """A place in a model. `layer`: from 1; the last layer's hidden state is the one after the final norm.
 
     query, key, value: of the layer's heads, after RoPE. attention_output: what the layer's attention adds to the
-    hidden state. entries, log_probabilities: of a teacher's last layer, see `kernels.top_entries.TopEntries`.
+    hidden state. entries, log_probabilities: of a teacher's last layer, see `kernels.top_entries.Entries`.
     """
 
     layer: int
     what: What | Literal["entries", "log_probabilities"] = "hidden"
 
 
-class Top(NamedTuple):
-    """That of a teacher's head only the k likeliest entries are needed, out of the first `vocab_size`.
+class HeadEntries(NamedTuple):
+    """That of a teacher's head only a few entries are needed, out of the first `vocab_size`.
 
-    layer: the teacher's last.
+    layer: the teacher's last. number: how many, the likeliest; or, where `drawn`, drawn by the batch's `uniforms`.
     """
 
     layer: int
-    k: int
+    number: int
     temperature: float
     vocab_size: int
+    drawn: bool = False
+
+    @property
+    def token_bytes(self) -> dict[str, int]:
+        """Of each of what is kept."""
+        return {"entries": 4 * self.number, "log_probabilities": 4 * (self.number + (not self.drawn))}
 
     def taps(self) -> tuple[Tap, Tap]:
         """Under which they are kept."""
@@ -41,14 +47,14 @@ class Needs:
 
     pairs: {the student's tap: the teacher's that it is compared with}. The two must lie on one pipeline stage.
     student_head, teacher_head: final hidden states and the language-model head.
-    teacher_top: what is kept of the teacher's head's answer, instead of the hidden states.
+    teacher_entries: what is kept of the teacher's head's answer, instead of the hidden states.
     teacher_is_student: the teacher is the student itself, as it is in this step, without gradients.
     """
 
     pairs: Mapping[Tap, Tap] = field(default_factory=dict)
     student_head: bool = False
     teacher_head: bool = False
-    teacher_top: Top | None = None
+    teacher_entries: HeadEntries | None = None
     teacher_is_student: bool = False
 
     @property
@@ -62,8 +68,8 @@ class Needs:
 
     def kept_taps(self, num_layers: int) -> set[Tap]:
         """All whose values wait for the loss."""
-        if self.teacher_top:
-            return {*self.pairs.values(), *self.teacher_top.taps()}
+        if self.teacher_entries:
+            return {*self.pairs.values(), *self.teacher_entries.taps()}
         return self.teacher_taps(num_layers)
 
     def teacher_depth(self, num_layers: int) -> int:

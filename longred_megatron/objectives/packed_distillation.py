@@ -13,9 +13,10 @@ from longred_megatron.data.sequences import Series
 from longred_megatron.kernels import cross_entropy, divergence, positions
 from longred_megatron.kernels.cross_entropy import linear_cross_entropy
 from longred_megatron.kernels.divergence import Direction, linear_distillation
+from longred_megatron.kernels.drawn_entries import linear_drawn_distillation
 from longred_megatron.kernels.linear_loss import NO_LABEL
 from longred_megatron.kernels.top_entries import linear_top_distillation
-from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Term, Top
+from longred_megatron.objectives.base import Activations, Batch, Groups, HeadEntries, Needs, Objective, Site, Term
 from longred_megatron.objectives.shared import masked_problems
 from longred_megatron.settings import Mark, PositiveInt
 
@@ -36,6 +37,9 @@ class PackedDistillation(Objective):
     top_k: Annotated[PositiveInt, Mark.ENTRIES] | None = Field(
         None, description="the teacher's k likeliest tokens, and one bucket for all others; null: every token"
     )
+    draws: Annotated[PositiveInt, Mark.ENTRIES] | None = Field(
+        None, description="so many tokens drawn from the teacher's distribution stand for it; null: it is needed itself"
+    )
     cross_entropy: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of next-token cross-entropy in the loss; 1: no teacher"
     )
@@ -51,22 +55,27 @@ class PackedDistillation(Objective):
                 "leave it out, or use less"
             )
         if self.cross_entropy == 1:
-            for key in ("direction", "temperature", "top_k"):
+            for key in ("direction", "temperature", "top_k", "draws"):
                 value = getattr(self, key)
                 if value != type(self).model_fields[key].default:
                     yield (
                         f"`{where}.{key}` is {value}: has no effect, since cross_entropy is 1 and no teacher is "
                         "compared with; leave it out, or lower cross_entropy"
                     )
+        if self.draws is not None and self.top_k is not None:
+            yield f"`{where}` has top_k and draws, two ways to need less of the teacher; set one of them to null"
+        if self.draws is not None and self.direction != "forward":
+            yield f"`{where}.direction` is {self.direction!r}: tokens drawn from the teacher estimate forward alone"
         yield from masked_problems(where, self.mask_documents, site)
 
     def needs(self, site: Site) -> Needs:
         if self.cross_entropy == 1:
             return Needs(student_head=True)
-        top = None
-        if self.top_k is not None:
-            top = Top(site.teacher.num_layers, self.top_k, self.temperature, site.shared_vocab_size)
-        return Needs(student_head=True, teacher_head=True, teacher_top=top)
+        entries = None
+        if count := self.top_k or self.draws:
+            last, drawn = site.teacher.num_layers, self.draws is not None
+            entries = HeadEntries(last, count, self.temperature, site.shared_vocab_size, drawn)
+        return Needs(student_head=True, teacher_head=True, teacher_entries=entries)
 
     def masks_documents(self) -> bool:
         return self.mask_documents
@@ -92,26 +101,29 @@ class PackedDistillation(Objective):
             teacher_positions=position_ids if self.cross_entropy < 1 else None,
             num_valid_tokens=max(1, int((labels != NO_LABEL).sum())),
             documents=documents if self.mask_documents else None,
+            uniforms=None if self.draws is None else torch.rand(*tokens.shape, self.draws, generator=generator),
         )
 
     def loss(self, student: Activations, teacher: Activations, batch: Batch, groups: Groups) -> list[Term]:
         if student.head is None:
             return []
-        ours, theirs, top = student.head, teacher.head, teacher.top
+        ours, theirs, entries = student.head, teacher.head, teacher.entries
         labels, group = batch.labels.reshape(-1), groups.tp if groups.tp.size() > 1 else None
         own = (ours.hidden, ours.weight)
         settings: dict[str, Any] = {
-            "direction": self.direction,
             "temperature": self.temperature,
             "cross_entropy": self.cross_entropy,
             "group": group,
         }
-        if top is not None:
-            loss = linear_top_distillation(*own, top, labels, **settings)
+        if entries is not None and self.draws:
+            loss = linear_drawn_distillation(*own, entries, labels, **settings)
+        elif entries is not None:
+            loss = linear_top_distillation(*own, entries, labels, direction=self.direction, **settings)
         elif theirs is not None:
             # One tokenizer, but released models pad their vocabularies to different sizes.
             vocab_size = min(ours.vocab_size, theirs.vocab_size)
-            loss = linear_distillation(*own, theirs.hidden, theirs.weight, labels, vocab_size=vocab_size, **settings)
+            settings |= {"vocab_size": vocab_size, "direction": self.direction}
+            loss = linear_distillation(*own, theirs.hidden, theirs.weight, labels, **settings)
         else:
             loss = linear_cross_entropy(*own, labels, vocab_size=ours.vocab_size, group=group)
         return [Term(loss / batch.num_valid_tokens, "each tensor rank")]

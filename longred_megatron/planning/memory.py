@@ -208,8 +208,9 @@ class StageMemory:
         tokens = self.tokens(self.phase.recipe.objectives[name], self.phase.sites[name])
         if tap.what in ("hidden", "attention_output"):
             return tokens.own * model.hidden_size * self.size
-        if top := self.phase.needs[name].teacher_top if tap.what in ("entries", "log_probabilities") else None:
-            return tokens.all * 4 * (top.k + (tap.what == "log_probabilities"))
+        few = self.phase.needs[name].teacher_entries
+        if few and tap in few.taps():
+            return tokens.all * few.token_bytes[tap.what]
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 

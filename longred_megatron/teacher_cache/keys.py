@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longred_megatron.checkpoint.weight_files import WeightFiles
 from longred_megatron.families import Architecture
-from longred_megatron.objectives.base import Tap, Top
+from longred_megatron.objectives.base import HeadEntries, Tap
 from longred_megatron.precision import Precision
 from longred_megatron.rope.frequencies import RotaryFrequencies
 
@@ -48,7 +48,7 @@ class TeacherKeys:
         documents: Sequence[Sequence[int]] | None,
         length: int,
         places: Sequence[Tap],
-        top: Top | None,
+        few: HeadEntries | None,
     ) -> list[dict[Tap, str]]:
         """For each sequence of a micro-batch, the key of each place.
 
@@ -56,7 +56,7 @@ class TeacherKeys:
             tokens, positions: [sequences, sequence_length], whole.
             documents: the lengths of each sequence's, where they do not see each other.
             length: largest position + 1 of the micro-batch, which some RoPE depend on.
-            top: which entries, where these are kept.
+            few: which entries, where these are kept.
         """
         model = self._identity.copy()
         model.update(self._frequencies(length).numpy().tobytes())
@@ -66,11 +66,11 @@ class TeacherKeys:
             for each in (row, row_positions):
                 text.update(each.numpy().tobytes())
             text.update(json.dumps(documents and list(documents[number])).encode())
-            keys.append({place: _finished(text, place, top) for place in places})
+            keys.append({place: _finished(text, place, few) for place in places})
         return keys
 
 
-def _finished(text: "hashlib._Hash", place: Tap, top: Top | None) -> str:
+def _finished(text: "hashlib._Hash", place: Tap, few: HeadEntries | None) -> str:
     own = text.copy()
-    own.update(json.dumps([place, top if top and place in top.taps() else None]).encode())
+    own.update(json.dumps([place, few if few and place in few.taps() else None]).encode())
     return own.hexdigest()

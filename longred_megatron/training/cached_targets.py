@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longred_megatron.device import on_gpu
 from longred_megatron.files import reason
-from longred_megatron.objectives.base import Tap, Top
+from longred_megatron.objectives.base import HeadEntries, Tap
 from longred_megatron.planning.order import microbatch_order
 from longred_megatron.recipe import Phase
 from longred_megatron.teacher_cache.keys import TeacherKeys
@@ -30,7 +30,7 @@ class _Place:
 
     store: TargetStore
     keys: TeacherKeys
-    top: Top | None
+    few: HeadEntries | None
     taps: tuple[Tap, ...]
 
 
@@ -54,7 +54,7 @@ class CachedTargets:
             self._places[name] = _Place(
                 TargetStore(folder, number_format),
                 keys_of(hf, number_format),
-                phase.needs[name].teacher_top,
+                phase.needs[name].teacher_entries,
                 tuple(tap for tap in taps if stages[tap.layer] == groups.pp.rank()),
             )
         self._missing: set[int] = set(range(len(self._order)))
@@ -120,7 +120,7 @@ class CachedTargets:
         positions = microbatch.teacher_positions
         assert positions is not None
         length = int(positions.max()) + 1
-        keys = place.keys.of(microbatch.tokens, positions, microbatch.documents, length, place.taps, place.top)
+        keys = place.keys.of(microbatch.tokens, positions, microbatch.documents, length, place.taps, place.few)
         asked = replace(microbatch, keys=keys)
         parts, found = self._parts(asked), {}
         for tap in place.taps:

@@ -1,6 +1,7 @@
 """The terms of the loss that one model chunk owes for one micro-batch."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
@@ -9,9 +10,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-from longred_megatron.kernels.top_entries import TopEntries, linear_top_entries
+from longred_megatron.kernels.drawn_entries import linear_drawn_entries
+from longred_megatron.kernels.top_entries import Entries, linear_top_entries
 from longred_megatron.model.chunk import ModelChunk
-from longred_megatron.objectives.base import Activations, Copies, Head, Needs, Tap, Term, Top
+from longred_megatron.objectives.base import Activations, Copies, Head, HeadEntries, Needs, Tap, Term
 from longred_megatron.training.microbatches import MicroBatch
 
 
@@ -33,31 +35,39 @@ def chunk_terms(
         values: the student's, by its taps. targets: the teacher's, by the teacher's taps.
     """
     copies: Copies = "split over tensor ranks" if chunk.config.sequence_parallel else "each tensor rank"
-    own_head, their_head, top = None, None, None
+    own_head, their_head, few = None, None, None
     if chunk.post_process and needs.student_head:
         own_head = head(chunk, output, groups)
-    if chunk.post_process and needs.teacher_top:
-        entries, log_probabilities = (targets[tap].squeeze(1) for tap in needs.teacher_top.taps())
-        top = TopEntries(entries, log_probabilities, needs.teacher_top.vocab_size)
+    if chunk.post_process and needs.teacher_entries:
+        entries, log_probabilities = (targets[tap].squeeze(1) for tap in needs.teacher_entries.taps())
+        few = Entries(entries, log_probabilities, needs.teacher_entries.vocab_size)
     elif chunk.post_process and needs.teacher_head:
         assert teacher is not None
         their_head = head(teacher, targets[Tap(teacher.architecture.num_layers)], groups)
     student = Activations(values, own_head, copies)
-    theirs = Activations({tap: targets[needs.pairs[tap]] for tap in values}, their_head, copies, top)
+    theirs = Activations({tap: targets[needs.pairs[tap]] for tap in values}, their_head, copies, few)
     return microbatch.settings.loss(student, theirs, microbatch, groups)
 
 
-def top_entries(chunk: ModelChunk, output: Tensor, top: Top, groups: ProcessGroupCollection) -> dict[Tap, Tensor]:
+def head_entries(
+    chunk: ModelChunk, output: Tensor, few: HeadEntries, uniforms: Tensor | None, groups: ProcessGroupCollection
+) -> dict[Tap, Tensor]:
     """What is kept of a teacher's last chunk's output [tokens, 1, hidden], all tokens on every tensor rank.
 
-    [tokens, 1, k or k + 1] each.
+    [tokens, 1, number of them] each. uniforms: of these tokens, where entries are drawn.
     """
     own = head(chunk, output, groups)
-    group = groups.tp if groups.tp.size() > 1 else None
-    found = linear_top_entries(
-        own.hidden, own.weight, top.k, vocab_size=top.vocab_size, temperature=top.temperature, group=group
-    )
-    return dict(zip(top.taps(), (found.entries.unsqueeze(1), found.log_probabilities.unsqueeze(1)), strict=True))
+    settings: dict[str, Any] = {
+        "vocab_size": few.vocab_size,
+        "temperature": few.temperature,
+        "group": groups.tp if groups.tp.size() > 1 else None,
+    }
+    if few.drawn:
+        assert uniforms is not None
+        found = linear_drawn_entries(own.hidden, own.weight, uniforms.flatten(0, 1), **settings)
+    else:
+        found = linear_top_entries(own.hidden, own.weight, few.number, **settings)
+    return dict(zip(few.taps(), (found.entries.unsqueeze(1), found.log_probabilities.unsqueeze(1)), strict=True))
 
 
 def head(chunk: ModelChunk, output: Tensor, groups: ProcessGroupCollection) -> Head:

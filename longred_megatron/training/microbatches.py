@@ -135,6 +135,7 @@ def local_part(microbatch: MicroBatch, groups: Groups) -> MicroBatch:
         labels=cut(microbatch.labels),
         student_positions=cut(microbatch.student_positions),
         teacher_positions=None if microbatch.teacher_positions is None else cut(microbatch.teacher_positions),
+        uniforms=None if microbatch.uniforms is None else cut(microbatch.uniforms),
         documents=documents,
         student_length=_length(microbatch.student_positions),
         teacher_length=_length(microbatch.teacher_positions),
@@ -151,7 +152,8 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
 
     For micro-batch i of the list: `<i>.tokens`, `<i>.labels` (-100 = no loss), `<i>.student_positions`,
     `<i>.teacher_positions` where there is a teacher, and `<i>.documents` (the number of each token's document in its
-    sequence, from 0) where documents do not see each other; each [sequences, sequence_length], int64. Header metadata
+    sequence, from 0) where documents do not see each other; each [sequences, sequence_length], int64. `<i>.uniforms`
+    [sequences, sequence_length, draws], fp32, where entries of the teacher's vocabulary are drawn. Header metadata
     `objectives`: the JSON list of their names. Returns the file's path.
     """
     tensors: dict[str, Tensor] = {}
@@ -161,6 +163,8 @@ def dump(microbatches: Sequence[MicroBatch], folder: Path, *, step: int, replica
         tensors[f"{i}.student_positions"] = batch.student_positions
         if batch.teacher_positions is not None:
             tensors[f"{i}.teacher_positions"] = batch.teacher_positions.clone()  # may be the student's
+        if batch.uniforms is not None:
+            tensors[f"{i}.uniforms"] = batch.uniforms
         if batch.documents is not None:
             lengths = [torch.tensor(row) for row in batch.documents]
             numbers = [torch.arange(len(row)).repeat_interleave(row) for row in lengths]

@@ -12,7 +12,7 @@ from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.objectives.base import Tap
 from longred_megatron.recipe import Phase
 from longred_megatron.training.cached_targets import CachedTargets
-from longred_megatron.training.losses import top_entries
+from longred_megatron.training.losses import head_entries
 from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.schedule import run_forward_only
 
@@ -43,7 +43,7 @@ class Teachers:
             taught = self.phase.taught_by(hf)
             if not self.cache.keeps(taught):
                 self._build_whole(hf)
-            elif any(needs.teacher_head and not needs.teacher_top for needs in taught.values()):
+            elif any(needs.teacher_head and not needs.teacher_entries for needs in taught.values()):
                 self.models[hf] = self.build(hf, False)
 
     def of(self, microbatch: MicroBatch) -> Sequence[ModelChunk]:
@@ -111,8 +111,9 @@ class Teachers:
         )
         # `detach`: the schedule frees what it has sent, and a stage's last state is its output.
         targets |= {tap: value.detach() for tap, value in values.items()}
-        if needs.teacher_top and last in targets:
-            targets |= top_entries(chunk, targets[last], needs.teacher_top, self.groups)
+        if needs.teacher_entries and last in targets:
+            few, uniforms = needs.teacher_entries, microbatch.uniforms
+            targets |= head_entries(chunk, targets[last], few, uniforms, self.groups)
             if last not in needs.pairs.values():
                 del targets[last]
         return output

@@ -13,6 +13,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "packed_distillation": [
         {"mask_documents": True, "restart_positions": True, "top_k": 5, "temperature": 2.0},
         {"direction": "reverse", "cross_entropy": 0.25},
+        {"draws": 7, "temperature": 2.0, "cross_entropy": 0.25},
     ],
     "perturbed_positions": [{"variant": "cyclic"}, {"longest_skip": 100}],
     "short_restoration": [{"states": "attention_output"}],

@@ -8,21 +8,21 @@ import pytest
 import torch
 
 from longred_megatron.families import read_architecture
-from longred_megatron.objectives.base import Tap, Top
+from longred_megatron.objectives.base import HeadEntries, Tap
 from longred_megatron.precision import Precision
 from longred_megatron.teacher_cache.keys import TeacherKeys
 from tests.checkpoint.small_models import write_model
 from tests.training.workspace import write_perturbed
 
 PLACES = (Tap(2), Tap(2, "query"), Tap(4, "entries"))
-TOP = Top(4, 5, 1.0, 100)
+FEW = HeadEntries(4, 5, 1.0, 100)
 TEXT: dict[str, Any] = {
     "tokens": torch.arange(24).reshape(3, 8) % 7,
     "positions": torch.arange(8).expand(3, 8),
     "documents": None,
     "length": 8,
     "places": PLACES,
-    "top": TOP,
+    "few": FEW,
 }
 
 
@@ -77,13 +77,9 @@ def test_one_changed_weight_row_in_each_tensor_is_another_teacher(folder: Path) 
 
 def test_the_temperature_and_the_number_of_entries_change_those_alone(folder: Path) -> None:
     before = keys(folder).of(**TEXT)[0]
-    for top in (replace_top(k=6), replace_top(temperature=2.0), replace_top(vocab_size=99)):
-        after = keys(folder).of(**TEXT | {"top": top})[0]
+    for few in (FEW._replace(number=6), FEW._replace(temperature=2.0), FEW._replace(drawn=True)):
+        after = keys(folder).of(**TEXT | {"few": few})[0]
         assert [before[place] == after[place] for place in PLACES] == [True, True, False]
-
-
-def replace_top(**changes: Any) -> Top:
-    return TOP._replace(**changes)
 
 
 def test_a_rope_that_depends_on_the_length_changes_with_it(folder: Path) -> None:
