@@ -59,7 +59,7 @@ hostile: setup ## every command on damaged, insane and malicious input, by class
 docker-check: setup ## builds the CPU image and runs it; the variables in tests/docker/test_images.py name bases (10 minutes)
 	LONGRED_DOCKER_BASE=$${LONGRED_DOCKER_BASE-python:3.12-slim} $(PYTHON_IN_VENV) -m pytest --capture=no tests/docker
 
-study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; goes on where it was stopped (1 hour)
+study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; goes on where it was stopped (100 minutes)
 	$(PYTHON_IN_VENV) tools/tiny_runs.py
 	$(PYTHON_IN_VENV) tools/study.py recipes/studies/tiny_longred.yaml
 
