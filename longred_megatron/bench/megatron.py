@@ -95,8 +95,10 @@ def _mean(losses: Tensor) -> tuple[Tensor, Tensor]:
 def _model(phase: Phase, hf: Path, architecture: Architecture, groups: ProcessGroupCollection) -> Any:
     """Megatron's own GPTModel with the weights of a folder."""
     local = get_gpt_layer_local_spec(normalization="RMSNorm")
+    config = transformer_config(architecture, Parallel(), phase.recipe.precision)
+    config.use_te_activation_func = False  # ours
     model: Any = GPTModel(
-        transformer_config(architecture, Parallel(), phase.recipe.precision),
+        config,
         get_gpt_layer_with_transformer_engine_spec() if on_gpu() else local,
         vocab_size=architecture.vocab_size,
         max_sequence_length=phase.recipe.model.max_position_embeddings,

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longred_megatron.families import Architecture
+from longred_megatron.kernels.drawn_entries import BELOW_ONE
 from longred_megatron.kernels.top_entries import Entries
 from longred_megatron.objectives.base import Activations, Head, HeadEntries, Needs, Tap
 from longred_megatron.recipe import Phase
@@ -103,7 +104,9 @@ def _with_entries(teacher: Activations, few: HeadEntries | None, uniforms: Tenso
     likelihoods = (logits.float() / few.temperature).softmax(-1)
     if few.drawn:
         assert uniforms is not None
-        entries = torch.searchsorted(likelihoods.cumsum(-1), uniforms.flatten(0, 1)).clamp_(max=few.vocab_size - 1)
+        sums = likelihoods.cumsum(-1)
+        wanted = uniforms.flatten(0, 1) * BELOW_ONE * sums[:, -1:]
+        entries = torch.searchsorted(sums, wanted, right=True)
         found = likelihoods.gather(-1, entries)
     else:
         chosen, entries = likelihoods.topk(few.number)

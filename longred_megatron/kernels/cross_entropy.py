@@ -7,9 +7,11 @@ from torch import Tensor
 from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
 
 
-def working_bytes(num_tokens: float, local_entries: float) -> float:
-    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: its logits, and those in fp32."""
-    return 2 * min(CHUNK_BYTES, 4 * num_tokens * local_entries)
+def working_bytes(num_tokens: float, local_entries: float, number_bytes: int) -> float:
+    """Of a chunk, on a rank with so many tokens and entries of the vocabulary: its logits in fp32, and where they have
+    fewer bytes a number, these too."""
+    chunk = min(CHUNK_BYTES, 4 * num_tokens * local_entries)
+    return chunk + (chunk * number_bytes / 4 if number_bytes < 4 else 0)
 
 
 def linear_cross_entropy(

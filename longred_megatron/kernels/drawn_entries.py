@@ -14,7 +14,7 @@ from longred_megatron.kernels.divergence import check_settings, mixed_loss, scal
 from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, linear_loss, tokens_of_chunk
 from longred_megatron.kernels.top_entries import Entries, columns_here
 
-BELOW_ONE = 1 - 2**-20  # so that no rounding leads past the last entry
+BELOW_ONE = 1 - 2**-23  # so that no rounding leads past the last entry
 
 
 @torch.no_grad()

@@ -63,7 +63,9 @@ class NextToken(Objective):
         return [Term(loss / batch.num_valid_tokens, "each tensor rank")]
 
     def working_bytes(self, site: Site) -> float:
-        return working_bytes(site.rank_tokens, site.student.vocab_size / site.parallel.tensor)
+        return working_bytes(
+            site.rank_tokens, site.student.vocab_size / site.parallel.tensor, site.precision.number_bytes
+        )
 
 
 def _without_last(lengths: Sequence[int]) -> list[int]:

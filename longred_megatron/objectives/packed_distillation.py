@@ -130,9 +130,9 @@ class PackedDistillation(Objective):
 
     def working_bytes(self, site: Site) -> float:
         tokens, entries = site.rank_tokens, site.student.vocab_size / site.parallel.tensor
-        if self.cross_entropy == 1:
-            return cross_entropy.working_bytes(tokens, entries)
         size = site.precision.number_bytes
+        if self.cross_entropy == 1:
+            return cross_entropy.working_bytes(tokens, entries, size)
         # With cross-entropy, its gradient by the logits waits for the divergence's.
-        labels = cross_entropy.working_bytes(tokens, entries) / 2 * size / 4 if self.cross_entropy else 0.0
+        labels = cross_entropy.working_bytes(tokens, entries, 4) * size / 4 if self.cross_entropy else 0.0
         return divergence.working_bytes(tokens, entries, size) + labels

@@ -144,7 +144,8 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
     norm = plain_norm(w.hidden, t.own, size)
     # The norms of heads keep a copy of the queries, and the keys as a part of what both were cut from.
     head_norm = Operation("attention", t.all * size * (w.query + qkv), t.all * size * qkv)
-    if t.keys > t.all or t.mask_bytes:  # cut over context ranks: keys and values are those of all spans, copied
+    is_cut = t.keys > t.all or t.mask_bytes > 0  # over context ranks
+    if is_cut:  # keys and values are those of all spans, copied
         keys = 2 * t.keys * w.kv * (4 if copies else size) + t.mask_bytes
         attention_kept = t.all * (4 * w.query) + keys
     else:
@@ -162,7 +163,7 @@ def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
         ),
         Operation(
             "attention",
-            t.all * size * w.query,
+            t.all * size * w.query if copies or is_cut else 0.0,  # else it takes attention's output itself
             t.all * size * w.hidden,
             backward=weight_gradient(w.hidden, w.query),
         ),
