@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_so
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from longred_megatron.kernels.drawn_entries import BELOW_ONE
 from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.run import PhaseRun
 
@@ -116,6 +117,11 @@ def packed_distillation(student: View, teacher: View | None, batch: MicroBatch) 
     if settings.top_k:
         top = target.topk(settings.top_k).indices
         log_q, log_p = (_with_rest(each, top) for each in (log_q, log_p))
+    if settings.draws:  # each is the first whose cumulated probability is above its uniform number
+        below = log_p.exp().cumsum(1)[:, None] <= (batch.uniforms[has_loss] * BELOW_ONE)[..., None]
+        drawn = below.sum(-1).clamp(max=logits.shape[1] - 1)
+        estimate = (log_p.gather(1, drawn) - log_q.gather(1, drawn)).mean()
+        return loss + (1 - settings.cross_entropy) * t**2 * estimate
     if settings.direction == "reverse":
         log_q, log_p = log_p, log_q
     divergence = kl_div(log_q, log_p, log_target=True, reduction="batchmean")
