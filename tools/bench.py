@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 
 On a machine that does something else the times are noise. LONGRED_DEVICE=cpu compares on the CPU where there is a GPU,
 OMP_NUM_THREADS sets the threads of both sides.
-The output folder gets results.json, table.md and report.html, after each comparison what has been measured so far.
+The output folder gets results.json, table.md and report.html, after each case what has been measured so far.
 exit code: 0, 1 if a side failed or the two did not compute the same, 2 for a mistake in the command."""
 
 

@@ -117,7 +117,7 @@ def _serve(connection: Connection, start: Start, rank: int, num_ranks: int, port
             seconds = time.perf_counter() - began
             connection.send(Repeat(seconds, side.facts(), memory.peak()))
     except EOFError:
-        pass
+        pass  # the one that asks has ended
     except BaseException:
         connection.send(traceback.format_exc())
 

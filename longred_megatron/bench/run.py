@@ -1,4 +1,4 @@
-"""Runs comparisons: both sides of a case by turns, and after each comparison its results to the folder."""
+"""Runs comparisons: both sides of a case by turns, and after each case the results to the folder."""
 
 import difflib
 import tempfile
@@ -92,14 +92,14 @@ class Bench:
         self.results: list[Result] = []
 
     def run(self, wanted: Mapping[str, Comparison], output: Path | None, command: str) -> None:
-        """Runs them one after another; `output` gets the results of each as it ends."""
+        """Runs them one after another; `output` gets the results after each case."""
         for name, comparison in wanted.items():
             self._tell(f"{name}: {comparison.__doc__}")
             with tempfile.TemporaryDirectory(prefix=f"bench-{name}-") as folder:
                 for case in comparison.cases(self._sizes, Path(folder)):
                     self.results.append(self._measured(name, case))
-            if output is not None:
-                write_report(output, self.results, self._peaks, self._sizes, command)
+                    if output is not None:
+                        write_report(output, self.results, self._peaks, self._sizes, command)
 
     def _measured(self, name: str, case: Case) -> Result:
         peak = self._peak(case.dtype) if case.flops else None
