@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longred_megatron.kernels.divergence import check_settings, mixed_loss, scaled_logits, shift
-from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, linear_loss, tokens_of_chunk
-from longred_megatron.kernels.top_entries import Entries, columns_here
+from longred_megatron.kernels.divergence import check_settings, scaled_logits, shift
+from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, tokens_of_chunk
+from longred_megatron.kernels.top_entries import Entries, columns_here, linear_entries_loss
 
 BELOW_ONE = 1 - 2**-23  # so that no rounding leads past the last entry
 
@@ -84,16 +84,10 @@ def linear_drawn_distillation(
 
     Raises ValueError as that does.
     """
-    shard = VocabularyShard.of(weight, teacher.vocab_size, group)
     check_settings(hidden, labels, "forward", temperature, cross_entropy)
-    if len(teacher.entries) != len(hidden):
-        raise ValueError(f"the student has {len(hidden)} tokens, the teacher {len(teacher.entries)}")
-
-    def divergence(student: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        return _estimate(student, teacher.entries[chunk], teacher.log_probabilities[chunk], shard)
-
-    chunk_loss = mixed_loss(divergence, labels, temperature, cross_entropy, shard)
-    return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
+    return linear_entries_loss(
+        hidden, weight, teacher, labels, _estimate, temperature, cross_entropy, group=group, chunk_tokens=chunk_tokens
+    )
 
 
 def _estimate(student: Tensor, entries: Tensor, log_t: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:

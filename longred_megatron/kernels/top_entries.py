@@ -5,6 +5,8 @@ but on all ranks the same) and one with all the rest of each model's probability
 `divergence.py`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,15 @@ class Entries(NamedTuple):
     entries: Tensor
     log_probabilities: Tensor
     vocab_size: int
+
+    def packed(self) -> Tensor:
+        """Both as one [tokens, ...] int32, fp32's bits as they are: they belong together, also on a disk."""
+        return torch.cat([self.entries, self.log_probabilities.float().view(torch.int32)], 1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, number: int, vocab_size: int) -> "Entries":
+        """Out of `packed`, of so many entries a token."""
+        return cls(packed[:, :number], packed[:, number:].contiguous().view(torch.float32), vocab_size)
 
 
 @torch.no_grad()
@@ -106,20 +117,44 @@ def linear_top_distillation(
 
     Raises ValueError as that does.
     """
-    shard = VocabularyShard.of(weight, teacher.vocab_size, group)
     check_settings(hidden, labels, direction, temperature, cross_entropy)
+    own = partial(_divergence, direction=direction)
+    return linear_entries_loss(
+        hidden, weight, teacher, labels, own, temperature, cross_entropy, group=group, chunk_tokens=chunk_tokens
+    )
+
+
+def linear_entries_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Entries,
+    labels: Tensor,
+    divergence: Callable[[Tensor, Tensor, Tensor, VocabularyShard], tuple[Tensor, Tensor]],
+    temperature: float,
+    cross_entropy: float,
+    *,
+    group: dist.ProcessGroup | None,
+    chunk_tokens: int | None,
+) -> Tensor:
+    """The loss of `divergence.py` with a divergence from a chunk's entries and their log-probabilities.
+
+    divergence: as `mixed_loss` takes it, of the student's logits [chunk, vocab_local], the two, and the shard.
+
+    Raises ValueError when numbers of tokens differ.
+    """
     if len(teacher.entries) != len(hidden):
         raise ValueError(f"the student has {len(hidden)} tokens, the teacher {len(teacher.entries)}")
+    shard = VocabularyShard.of(weight, teacher.vocab_size, group)
 
-    def divergence(student: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        return _divergence(student, teacher.entries[chunk], teacher.log_probabilities[chunk], direction, shard)
+    def of_chunk(student: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        return divergence(student, teacher.entries[chunk], teacher.log_probabilities[chunk], shard)
 
-    chunk_loss = mixed_loss(divergence, labels, temperature, cross_entropy, shard)
+    chunk_loss = mixed_loss(of_chunk, labels, temperature, cross_entropy, shard)
     return linear_loss(hidden, weight, chunk_loss, chunk_tokens)
 
 
 def _divergence(
-    student: Tensor, entries: Tensor, log_t: Tensor, direction: Direction, shard: VocabularyShard
+    student: Tensor, entries: Tensor, log_t: Tensor, shard: VocabularyShard, direction: Direction
 ) -> tuple[Tensor, Tensor]:
     """D of each token [chunk], and its gradient by the student's logits [chunk, vocab_local], which it overwrites."""
     columns, is_here = columns_here(entries, shard)

@@ -12,11 +12,11 @@ class Tap(NamedTuple):
     """A place in a model. `layer`: from 1; the last layer's hidden state is the one after the final norm.
 
     query, key, value: of the layer's heads, after RoPE. attention_output: what the layer's attention adds to the
-    hidden state. entries, log_probabilities: of a teacher's last layer, see `kernels.top_entries.Entries`.
+    hidden state. entries: of a teacher's last layer, [tokens, 1, ...] int32, see `kernels.top_entries.Entries.packed`.
     """
 
     layer: int
-    what: What | Literal["entries", "log_probabilities"] = "hidden"
+    what: What | Literal["entries"] = "hidden"
 
 
 class HeadEntries(NamedTuple):
@@ -32,13 +32,14 @@ class HeadEntries(NamedTuple):
     drawn: bool = False
 
     @property
-    def token_bytes(self) -> dict[str, int]:
-        """Of each of what is kept."""
-        return {"entries": 4 * self.number, "log_probabilities": 4 * (self.number + (not self.drawn))}
+    def token_bytes(self) -> int:
+        """Of what is kept: the entries, and their log-probabilities with that of all others beside the likeliest."""
+        return 4 * (2 * self.number + (not self.drawn))
 
-    def taps(self) -> tuple[Tap, Tap]:
+    @property
+    def tap(self) -> Tap:
         """Under which they are kept."""
-        return Tap(self.layer, "entries"), Tap(self.layer, "log_probabilities")
+        return Tap(self.layer, "entries")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Needs:
     def kept_taps(self, num_layers: int) -> set[Tap]:
         """All whose values wait for the loss."""
         if self.teacher_entries:
-            return {*self.pairs.values(), *self.teacher_entries.taps()}
+            return {*self.pairs.values(), self.teacher_entries.tap}
         return self.teacher_taps(num_layers)
 
     def teacher_depth(self, num_layers: int) -> int:

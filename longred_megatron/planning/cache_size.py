@@ -38,8 +38,8 @@ def _token_bytes(phase: Phase, name: str) -> float:
     scale = 0 if settings.cache_format == "exact" else 4
 
     def of(tap: Tap) -> float:
-        if needs.teacher_entries and tap in needs.teacher_entries.taps():
-            return needs.teacher_entries.token_bytes[tap.what]
+        if needs.teacher_entries and tap == needs.teacher_entries.tap:
+            return needs.teacher_entries.token_bytes
         if tap.what in ("hidden", "attention_output"):
             return teacher.hidden_size * number + scale
         heads = teacher.num_attention_heads if tap.what == "query" else teacher.num_kv_heads

@@ -209,8 +209,8 @@ class StageMemory:
         if tap.what in ("hidden", "attention_output"):
             return tokens.own * model.hidden_size * self.size
         few = self.phase.needs[name].teacher_entries
-        if few and tap in few.taps():
-            return tokens.all * few.token_bytes[tap.what]
+        if few and tap == few.tap:
+            return tokens.all * few.token_bytes
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 

@@ -39,8 +39,8 @@ def chunk_terms(
     if chunk.post_process and needs.student_head:
         own_head = head(chunk, output, groups)
     if chunk.post_process and needs.teacher_entries:
-        entries, log_probabilities = (targets[tap].squeeze(1) for tap in needs.teacher_entries.taps())
-        few = Entries(entries, log_probabilities, needs.teacher_entries.vocab_size)
+        kept = needs.teacher_entries
+        few = Entries.unpacked(targets[kept.tap].squeeze(1), kept.number, kept.vocab_size)
     elif chunk.post_process and needs.teacher_head:
         assert teacher is not None
         their_head = head(teacher, targets[Tap(teacher.architecture.num_layers)], groups)
@@ -51,10 +51,10 @@ def chunk_terms(
 
 def head_entries(
     chunk: ModelChunk, output: Tensor, few: HeadEntries, uniforms: Tensor | None, groups: ProcessGroupCollection
-) -> dict[Tap, Tensor]:
-    """What is kept of a teacher's last chunk's output [tokens, 1, hidden], all tokens on every tensor rank.
+) -> Tensor:
+    """What is kept of a teacher's last chunk's output [tokens, 1, hidden]: `Entries.packed` [tokens, 1, ...].
 
-    [tokens, 1, number of them] each. uniforms: of these tokens, where entries are drawn.
+    All tokens on every tensor rank. uniforms: of these tokens, where entries are drawn.
     """
     own = head(chunk, output, groups)
     settings: dict[str, Any] = {
@@ -67,7 +67,7 @@ def head_entries(
         found = linear_drawn_entries(own.hidden, own.weight, uniforms.flatten(0, 1), **settings)
     else:
         found = linear_top_entries(own.hidden, own.weight, few.number, **settings)
-    return dict(zip(few.taps(), (found.entries.unsqueeze(1), found.log_probabilities.unsqueeze(1)), strict=True))
+    return found.packed().unsqueeze(1)
 
 
 def head(chunk: ModelChunk, output: Tensor, groups: ProcessGroupCollection) -> Head:

@@ -113,7 +113,7 @@ class Teachers:
         targets |= {tap: value.detach() for tap, value in values.items()}
         if needs.teacher_entries and last in targets:
             few, uniforms = needs.teacher_entries, microbatch.uniforms
-            targets |= head_entries(chunk, targets[last], few, uniforms, self.groups)
+            targets[few.tap] = head_entries(chunk, targets[last], few, uniforms, self.groups)
             if last not in needs.pairs.values():
                 del targets[last]
         return output

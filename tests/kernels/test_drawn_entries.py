@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longred_megatron.kernels.divergence import linear_distillation
 from longred_megatron.kernels.drawn_entries import linear_drawn_distillation, linear_drawn_entries
+from longred_megatron.kernels.top_entries import Entries, linear_top_entries
 
 TOKENS, WIDTH, VOCAB = 6, 8, 13
 LABELS = torch.tensor([1, -100, 3, 4, 5, 6])
@@ -117,3 +118,12 @@ def test_ranks_with_a_shard_each_equal_one_process(rows: int, tmp_path: Path) ->
         torch.testing.assert_close(loss, expected[0])
     torch.testing.assert_close(sum(each[3] for each in found), expected[1])
     torch.testing.assert_close(torch.cat([each[4] for each in found]), expected[2])
+
+
+def test_entries_and_log_probabilities_are_one_tensor_bit_for_bit() -> None:
+    _, _, hidden, weight = models(dtype=torch.float32)
+    likeliest = linear_top_entries(hidden, weight, 4, vocab_size=VOCAB)
+    for found, number in ((likeliest, 4), (linear_drawn_entries(hidden, weight, uniforms(5), vocab_size=VOCAB), 5)):
+        again = Entries.unpacked(found.packed(), number, VOCAB)
+        assert torch.equal(again.entries, found.entries)
+        assert torch.equal(again.log_probabilities, found.log_probabilities)
