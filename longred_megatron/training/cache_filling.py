@@ -2,20 +2,15 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from longred_megatron.checkpoint import huggingface
 from longred_megatron.errors import UserError
-from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.recipe import Phase
-from longred_megatron.training.cached_targets import CachedTargets
 from longred_megatron.training.microbatches import MicroBatchSource, local_part
-from longred_megatron.training.run import build_teacher, extended_architecture
-from longred_megatron.training.teachers import Teachers
+from longred_megatron.training.run import build_teachers
 
 
 def check_cache(phases: Sequence[Phase], steps: range | None) -> range:
@@ -48,7 +43,7 @@ def fill(
             if not own or not phase.caches():
                 progress.update(len(own))
                 continue
-            with closing(_teachers(phase, groups)) as teachers:
+            with closing(build_teachers(phase, (), groups)) as teachers:
                 for step in own:
                     microbatches = source.step(step, groups.dp.rank(), groups.dp.size())
                     kept = [m for m in teachers.cache.read(microbatches) if m.keys is not None]
@@ -61,12 +56,3 @@ def fill(
                         values.clear()
                     progress.update()
     return there, asked
-
-
-def _teachers(phase: Phase, groups: ProcessGroupCollection) -> Teachers:
-    student = extended_architecture(phase)
-
-    def build_one(hf: Path, layers: bool) -> list[ModelChunk]:
-        return build_teacher(phase, hf, student, groups, huggingface.load_weights, layers)
-
-    return Teachers(phase, groups, (), build_one, CachedTargets(phase, groups))

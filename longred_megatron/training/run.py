@@ -79,11 +79,7 @@ def build(
     chunks = build_chunks(student, recipe.parallel, recipe.precision, groups, recipe.training.recompute)
     load(chunks, recipe.model.hf, student, groups)
     train_only(recipe.training.trainable, chunks, student)
-
-    def build_one(hf: Path, layers: bool) -> list[ModelChunk]:
-        return build_teacher(phase, hf, student, groups, load, layers)
-
-    teachers = Teachers(phase, groups, chunks, build_one, CachedTargets(phase, groups))
+    teachers = build_teachers(phase, chunks, groups, load)
     counts = {name: settings.microbatches for name, settings in recipe.objectives.items()}
     reach_all = last_reach_all(microbatch_order(counts, phase.needs), phase.needs, groups.dp.size())
     wrapped = data_parallel(chunks, groups, on_gpu() and reach_all, recipe.parallel.overlap_param_gather)
@@ -91,6 +87,24 @@ def build(
     return PhaseRun(
         phase, student, data, groups, chunks, optimizer, TrainStep(phase, wrapped, teachers, optimizer, groups)
     )
+
+
+def build_teachers(
+    phase: Phase,
+    student: Sequence[ModelChunk],
+    groups: ProcessGroupCollection,
+    load: LoadWeights = huggingface.load_weights,
+) -> Teachers:
+    """Those of a phase that are needed at once; the others are built when a value is missing in their cache.
+
+    student: its chunks, for objectives whose teacher it is.
+    """
+    extended = extended_architecture(phase)
+
+    def build_one(hf: Path, layers: bool) -> list[ModelChunk]:
+        return build_teacher(phase, hf, extended, groups, load, layers)
+
+    return Teachers(phase, groups, student, build_one, CachedTargets(phase, groups))
 
 
 def build_teacher(
