@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
     others = [load_recipe(options.recipe, [*kept, f"model.rope={text}"]).model.rope for text in options.rope]
     if options.output:
         report_beside(options.output)
-        check_output(options.output, KIND)
     with ranks() as team:
+        if options.output:
+            team.check(lambda: check_output(options.output, KIND))
         found = layer_drift(phase, texts, options.length, others, team)
     if not team.is_main:
         return

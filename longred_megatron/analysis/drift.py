@@ -51,7 +51,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     Raises:
         UserError: models that cannot be compared, a run without checkpoints, texts too short, or wrong scores.
     """
-    models = models_of(options, KIND)
+    models = models_of(options, KIND, ranks)
     original, *others = models
     check_comparable(models)
     if not others:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longred_megatron.analysis.measure import study_device
+from longred_megatron.analysis.measure import Ranks, study_device
 from longred_megatron.analysis.walk import open_network
 from longred_megatron.checkpoint.distributed import read_description
 from longred_megatron.checkpoint.of_run import checkpoints_to_study, exported
@@ -71,14 +71,14 @@ def add_arguments(parser: ArgumentParser, hf: str, length: str, texts: int) -> N
     parser.add_argument("--seed", default=2024, **number, help="choice of the texts (%(default)s)")
 
 
-def models_of(options: Namespace, kind: str) -> list[Model]:
+def models_of(options: Namespace, kind: str, ranks: Ranks) -> list[Model]:
     """The models of --hf, then the checkpoints of --runs by step, after a look at the output folder.
 
     Raises:
         UserError: one is no model or of an unknown family, a run has no checkpoints, two cannot be compared, or the
             output holds something else.
     """
-    check_output(options.output, kind)
+    ranks.check(lambda: check_output(options.output, kind))
     check_number("texts", options.texts, 1)
     found = [Model(_name(hf), hf, _architecture(hf)) for hf in options.hf]
     for run in options.runs:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -43,6 +43,19 @@ class Ranks(NamedTuple):
     def part(self, texts: Tensor) -> Tensor:
         """This rank's texts."""
         return texts[self.rank :: self.size]
+
+    def check(self, on_disk: Callable[[], None]) -> None:
+        """Calls `on_disk` on the first rank alone, as what tries to write must be. Every rank raises its UserError."""
+        problems: list[list[str]] = [[]]
+        if self.is_main:
+            try:
+                on_disk()
+            except UserError as error:
+                problems = [error.problems]
+        if self.size > 1:
+            dist.broadcast_object_list(problems)
+        if problems[0]:
+            raise UserError(*problems[0])
 
     def total(self, values: Tensor) -> Tensor:
         """Summed over all ranks."""

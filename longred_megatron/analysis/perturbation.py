@@ -71,7 +71,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     Raises:
         UserError: no model, too few copies, a theta or skip that is none, or texts too short.
     """
-    models = models_of(options, KIND)
+    models = models_of(options, KIND, ranks)
     check_number("copies", options.copies, 2)
     for skip in options.skips:
         check_number("skips", skip, 1)

@@ -96,7 +96,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     Raises:
         UserError: no model, a layer that is not there, texts that do not reach past the window, or are too short.
     """
-    models = models_of(options, KIND)
+    models = models_of(options, KIND, ranks)
     window = models[0].architecture.max_position_embeddings if options.window is None else options.window
     length = 2 * window if options.length is None else options.length
     check_number("points", options.points, 8)

@@ -89,7 +89,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     Raises:
         UserError: not two models, they cannot be compared, a run without checkpoints, or texts too short.
     """
-    models = models_of(options, KIND)
+    models = models_of(options, KIND, ranks)
     if len(options.hf) + len(options.runs) != 2:
         raise UserError(
             f"{len(options.hf)} folders at --hf, {len(options.runs)} at --runs: give two models, before and after"

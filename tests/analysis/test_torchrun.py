@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from longred_megatron.analysis.measure import Ranks
+from longred_megatron.errors import UserError
 from tests.training.workspace import make_workspace
 
 ROOT = Path(__file__).parents[2]
@@ -58,3 +60,22 @@ def test_the_layers_that_are_chosen(folder: Path, tmp_path: Path) -> None:
     one, two = chosen("one", ()), chosen("two", TORCHRUN)
     assert one["ranking"] == two["ranking"] and one["chosen"] == two["chosen"]
     assert one["layers"] == pytest.approx(two["layers"], rel=1e-5)
+
+
+def test_the_first_rank_alone_tries_the_output_and_both_refuse_it(folder: Path, tmp_path: Path) -> None:
+    """Each would take the other's trial file for something of the user's."""
+    (tmp_path / "notes.txt").write_text("mine")
+    models = ("--hf", folder / "model", folder / "run" / "hf", "--text", folder / "texts")
+    command = (*TORCHRUN, "tools/analyze.py", "drift", *models, "--output", tmp_path)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=300)
+    message = f"error: --output {tmp_path}: is not empty and holds no earlier report; give a new folder\n"
+    assert done.returncode == 1 and message in done.stderr and "unexpected" not in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+    Ranks(rank=1, size=1).check(lambda: pytest.fail("not the first rank"))
+    with pytest.raises(UserError, match="one\ntwo"):
+        Ranks().check(_two_mistakes)
+
+
+def _two_mistakes() -> None:
+    raise UserError("one", "two")
