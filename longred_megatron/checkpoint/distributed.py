@@ -36,6 +36,7 @@ from longred_megatron.files import (
 )
 from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.model.fp8 import sharded_scales
+from longred_megatron.rope.frequencies import frequency_problem
 
 DESCRIPTION = "checkpoint.json"
 
@@ -233,9 +234,12 @@ def read_description(path: Path) -> Description:
         raise UserError(
             f"{path}: {DESCRIPTION}: architecture.{min(unknown)} is not known; use the version that wrote it"
         )
-    for name, value in asdict(described.architecture).items():
+    model = described.architecture
+    for name, value in asdict(model).items():
         if type(value) is int and value < 1:
             raise UserError(f"{path}: {DESCRIPTION}: architecture.{name} is {value}, less than 1; it is damaged")
+    if problem := frequency_problem(model.rope, model.head_dim, model.max_position_embeddings):
+        raise UserError(f"{path}: {DESCRIPTION}: {problem}; it is damaged")
     digest = raw.pop("digest", None)  # earlier versions wrote none
     if digest not in (None, _digest(raw)):
         raise UserError(f"{path}: {DESCRIPTION} is not as it was written; the checkpoint is damaged")

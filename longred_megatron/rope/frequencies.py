@@ -36,7 +36,7 @@ def inverse_frequencies(
     """
     rope_type = rope_parameters["rope_type"]
     if rope_type not in rope_types():
-        raise ValueError(f"rope_type {rope_type!r} is not supported; supported are {', '.join(rope_types())}")
+        raise ValueError(f"rope_type {rope_type!r:.60} is not supported; supported are {', '.join(rope_types())}")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; RoPE rotates pairs")
     if rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
