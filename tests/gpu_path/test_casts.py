@@ -69,7 +69,7 @@ def test_planned_copies_of_weights_are_kept(
     precision = {"params": "bf16", "fp8": "hybrid", **settings}
     run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
     run.train_step(run.data.step(1, 0, 1))
-    teachers = [chunk for chunks in run.train_step.teachers.values() for chunk in chunks]
+    teachers = [chunk for chunks in run.train_step.teachers.models.values() for chunk in chunks]
     kept = [copy for chunk in (*run.chunks, *teachers) for m in chunk.modules() for copy in _copies(m)]
     planned = StageMemory(run.phase, 1, 0, FUSED).resident["fp8 weights"]
     assert sum(each.nbytes for each in kept) == planned > 0
