@@ -6,7 +6,7 @@
 Random weights, then the recipes tiny_base_1.yaml ... in order, each starting from the export of the one before: a
 small model learns to copy only if it begins with dense repetition at a short length. Everything goes to
 build/tiny_base; the last export's weights replace those in tests/assets/tiny_base, whose config and tokenizer are
-the input.
+the input. `--hidden-size 256` makes a model of another width in build/tiny_base_256 and leaves the assets as they are.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import shutil
 from pathlib import Path
 
 from demo_texts import write_sets
-from longred_megatron.errors import run_cli
+from longred_megatron.errors import UserError, run_cli
 from tiny_runs import BASE, ROOT, train
 
 BUILD = ROOT / "build/tiny_base"
@@ -53,15 +53,19 @@ def write_windows(texts: Path, prefix: Path, num_tokens: int) -> int:
     return num_windows
 
 
-def write_start(asset: Path, output: Path, seed: int) -> None:
+def write_start(asset: Path, output: Path, seed: int, hidden_size: int | None) -> None:
     """A folder like `asset` with random weights: normal, of the config's initializer_range; what is added to the
-    residual stream is smaller by sqrt(2 x layers), as in GPT-2."""
+    residual stream is smaller by sqrt(2 x layers), as in GPT-2. Of another width it has as wide heads, and more."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shutil.copytree(asset, output, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.manual_seed(seed)
     config = AutoConfig.from_pretrained(asset, local_files_only=True, trust_remote_code=False)
+    if hidden_size is not None:
+        config.intermediate_size = config.intermediate_size * hidden_size // config.hidden_size
+        config.hidden_size, heads = hidden_size, hidden_size // config.head_dim
+        config.num_attention_heads = config.num_key_value_heads = heads
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -70,9 +74,14 @@ def write_start(asset: Path, output: Path, seed: int) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden-size", type=int, metavar="N", help="another width, a multiple of 64; not the assets'")
+    hidden_size = parser.parse_args().hidden_size
+    if hidden_size is not None and (hidden_size < 64 or hidden_size % 64):
+        raise UserError(f"--hidden-size {hidden_size}: must be a multiple of 64, as 256")
     from longred_megatron.data.prepare import prepare
 
+    build = BUILD if hidden_size is None else BUILD.with_name(f"{BUILD.name}_{hidden_size}")
     texts = {name: BUILD / "texts" / f"{name}.jsonl" for name in SETS}
     write_sets(BUILD / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
     (BUILD / "data").mkdir(exist_ok=True)
@@ -85,14 +94,17 @@ def main() -> None:
         else:
             num_tokens = int(name.rpartition("_")[2])
             print(f"{name}: {write_windows(path, prefix, num_tokens):,} x {num_tokens} tokens", flush=True)
-    if not (BUILD / "start").exists():
-        write_start(BASE, BUILD / "start", SEED)
-    for recipe in sorted((ROOT / "recipes").glob("tiny_base_*.yaml")):
+    hf = build / "start"
+    if not hf.exists():
+        write_start(BASE, hf, SEED, hidden_size)
+    for number, recipe in enumerate(sorted((ROOT / "recipes").glob("tiny_base_*.yaml")), start=1):
         print(f"\n{recipe.name}", flush=True)
-        train(recipe)  # what has been done is not done again
-    last = max(BUILD.glob("stage_*/hf"))
-    shutil.copy(last / "model.safetensors", BASE / "model.safetensors")
-    print(f"{BASE / 'model.safetensors'}: written")
+        run = build / f"stage_{number}"
+        train(recipe, f"model.hf={hf}", f"run.dir={run}")  # what has been done is not done again
+        hf = run / "hf"
+    if hidden_size is None:
+        hf = Path(shutil.copy(hf / "model.safetensors", BASE / "model.safetensors"))
+    print(f"{hf}: written")
 
 
 if __name__ == "__main__":
