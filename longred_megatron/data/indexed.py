@@ -2,10 +2,14 @@
 
 import struct
 import zlib
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from longred_megatron.errors import UserError
 from longred_megatron.files import reason
@@ -22,6 +26,7 @@ INDEX_VERSION = 1
 TOKEN_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 # Files up to 64 MiB are marked whole, which takes 0.1 s; of larger ones so many blocks of 1 MiB, evenly spread.
 BLOCK_BYTES, MAX_BLOCKS = 1 << 20, 64
+CHECKED_AT_ONCE = 1 << 22  # sequences
 
 
 def file_mark(path: Path) -> dict[str, Any]:
@@ -88,7 +93,64 @@ def open_indexed(prefix: str) -> "IndexedDataset":
 
 def num_tokens_in(dataset: "IndexedDataset") -> int:
     """Of all sequences."""
-    return int(dataset.sequence_lengths.sum(dtype=np.int64))
+    index = dataset.index
+    return int(index.sequence_pointers[-1]) // index.dtype_size + int(index.sequence_lengths[-1])
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents of a set. starts, lengths: [documents], in tokens."""
+
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+    def __getitem__(self, chosen: Any) -> "Documents":
+        """Those that an index of numpy's chooses."""
+        return Documents(self.starts[chosen], self.lengths[chosen])
+
+
+class IndexedDocuments:
+    """The documents of one indexed data set, end to end as in the file. No table of them is made unless asked for.
+
+    Raises: `UserError` for missing or damaged files.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._dataset = open_indexed(prefix)
+        index = self._dataset.index
+        self._borders = index.document_indices  # in sequences of the file; a document may have several
+        self._places, self._token_bytes = index.sequence_pointers, index.dtype_size
+        self._file_tokens = num_tokens_in(self._dataset)
+        self._first_token = self._file_place(0)
+        self.num_documents = len(self._borders) - 1  # empty ones, too
+        self.num_tokens = self._file_tokens - self._first_token
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens start ... stop - 1."""
+        return self._dataset.get(0, self._first_token + start, stop - start)
+
+    def between(self, start: int, stop: int) -> Documents:
+        """The documents that begin at tokens start ... stop - 1, without empty ones; stop <= num_tokens."""
+        first, last = (bisect_left(range(self.num_documents), token, key=self._start) for token in (start, stop))
+        borders = self._borders[first : last + 1]
+        places = np.full(len(borders), self._file_tokens, dtype=np.int64)
+        inside = borders < len(self._places)
+        places[inside] = self._places[borders[inside]] // self._token_bytes
+        starts, lengths = places[:-1] - self._first_token, np.diff(places)
+        return Documents(starts, lengths)[lengths > 0]
+
+    @cached_property
+    def table(self) -> Documents:
+        """All of them, without empty ones."""
+        return self.between(0, self.num_tokens)
+
+    def _start(self, document: int) -> int:
+        return self._file_place(document) - self._first_token
+
+    def _file_place(self, document: int) -> int:
+        """The tokens of the file before a document."""
+        sequence = int(self._borders[document])
+        return self._file_tokens if sequence == len(self._places) else int(self._places[sequence]) // self._token_bytes
 
 
 def _check_index(prefix: str) -> None:
@@ -108,16 +170,27 @@ def _check_index(prefix: str) -> None:
     lengths = np.frombuffer(content, np.int32, num_sequences, INDEX_HEADER.size)
     places = np.frombuffer(content, np.int64, num_sequences, INDEX_HEADER.size + 4 * num_sequences)
     borders = np.frombuffer(content, np.int64, num_borders, INDEX_HEADER.size + 12 * num_sequences)
-    if lengths.min(initial=0) < 0:
-        raise damaged(prefix, f"{index} has a sequence of {lengths.min()} tokens")
-    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(TOKEN_DTYPES[dtype]).itemsize
-    if not ends.any():
+    end, one_behind_the_other = 0, True  # in bytes
+    for at in range(0, num_sequences, CHECKED_AT_ONCE):  # so that an index of any size takes no memory
+        part = lengths[at : at + CHECKED_AT_ONCE]
+        if part.min() < 0:
+            raise damaged(prefix, f"{index} has a sequence of {part.min()} tokens")
+        ends = end + np.cumsum(part, dtype=np.int64) * np.dtype(TOKEN_DTYPES[dtype]).itemsize
+        found = places[at : at + CHECKED_AT_ONCE]
+        one_behind_the_other &= found[0] == end and np.array_equal(found[1:], ends[:-1])
+        end = int(ends[-1])
+    if not end:
         raise damaged(prefix, f"{index} has no token")
-    _check_size(prefix, ".bin", int(ends[-1]))
-    if places[0] != 0 or not np.array_equal(places[1:], ends[:-1]):
+    _check_size(prefix, ".bin", end)
+    if not one_behind_the_other:
         raise damaged(prefix, f"{index} has sequences that do not lie one behind the other")
-    if num_borders == 0 or borders[0] < 0 or borders[-1] != num_sequences or (np.diff(borders) < 0).any():
+    if num_borders == 0 or borders[0] < 0 or borders[-1] != num_sequences or not _ascend(borders):
         raise damaged(prefix, f"{index} has documents whose borders do not ascend to {num_sequences}")
+
+
+def _ascend(borders: NDArray[np.int64]) -> bool:
+    parts = (borders[at : at + CHECKED_AT_ONCE + 1] for at in range(0, len(borders), CHECKED_AT_ONCE))
+    return all((part[1:] >= part[:-1]).all() for part in parts)
 
 
 def _check_size(prefix: str, suffix: str, expected_bytes: int) -> None:

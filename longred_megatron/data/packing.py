@@ -4,16 +4,20 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from longred_megatron.data.sequences import EPOCHS_KEPT, IndexedDocuments, permutation
+from longred_megatron.data.indexed import Documents, IndexedDocuments
+from longred_megatron.data.sequences import EPOCHS_KEPT
+from longred_megatron.data.shuffle import MOST_STORED, permutation, shuffled
 from longred_megatron.errors import UserError
 
 # Documents are packed in blocks of about as many windows: the few windows that stay half empty hardly count (0.2 %),
 # and a run plans only the blocks it reaches.
 BLOCK_WINDOWS = 256
+RUNS_PER_BLOCK = 64
 PADDING = 0  # the token id behind the last document; it has no label, and no document comes after it
 
 
@@ -55,13 +59,49 @@ def best_fit(lengths: Sequence[int], window: int) -> list[list[int]]:
     return [sorted(places) for places in windows]
 
 
+class _Order(Protocol):
+    """One pass over a set's documents, block by block."""
+
+    def block(self, place: int) -> Documents:
+        """The documents that are packed together."""
+
+
+class _ShuffledDocuments:
+    """A pass over documents in an order that is stored, cut where a block's share of the tokens ends."""
+
+    def __init__(self, documents: IndexedDocuments, bits: np.random.PCG64, num_blocks: int) -> None:
+        self._order = documents.table[permutation(bits, len(documents.table.lengths))]
+        borders = np.arange(num_blocks) * documents.num_tokens // num_blocks
+        firsts = np.searchsorted(np.cumsum(self._order.lengths), borders, side="right")
+        self._firsts = np.append(firsts, len(self._order.lengths))  # of each block, and the end
+
+    def block(self, place: int) -> Documents:
+        return self._order[self._firsts[place] : self._firsts[place + 1]]
+
+
+class _ShuffledRuns:
+    """A pass over too many documents to keep an order of them: each block has 64 runs of neighbours from anywhere in
+    the file, others in each pass."""
+
+    def __init__(self, documents: IndexedDocuments, bits: np.random.PCG64, num_blocks: int) -> None:
+        self._documents, self._num_runs = documents, num_blocks * RUNS_PER_BLOCK
+        self._runs = shuffled(bits, self._num_runs)
+
+    def block(self, place: int) -> Documents:
+        runs = [int(self._runs[i]) for i in range(place * RUNS_PER_BLOCK, (place + 1) * RUNS_PER_BLOCK)]
+        total = self._documents.num_tokens
+        parts = [
+            self._documents.between(run * total // self._num_runs, (run + 1) * total // self._num_runs) for run in runs
+        ]
+        starts, lengths = [part.starts for part in parts], [part.lengths for part in parts]
+        return Documents(np.concatenate(starts), np.concatenate(lengths))
+
+
 @dataclass(frozen=True)
 class _Block:
     """Documents that are packed together, longer ones in pieces of a window, and which pieces each window holds."""
 
-    documents: NDArray[np.int64]  # [pieces]
-    offsets: NDArray[np.int64]  # [pieces], of the piece in its document
-    lengths: NDArray[np.int64]  # [pieces]
+    pieces: Documents
     windows: list[list[int]]
 
 
@@ -70,6 +110,7 @@ class PackedSequences:
 
     Every epoch permutes the documents, divides them into blocks, and packs each by best fit; the windows of a block
     come in a permuted order. No token is lost or used twice in an epoch. Only documents longer than a window are cut.
+    Of a set of more than `MOST_STORED` documents, runs of neighbours are permuted.
 
     Raises: `UserError` for missing or damaged files and for fewer tokens than a window.
     """
@@ -97,38 +138,33 @@ class PackedSequences:
             self._first_samples.append(self._first_samples[-1] + len(block.windows))
         number = bisect_right(self._first_samples, sample) - 1
         block = self._block(number)
-        pieces = block.windows[sample - self._first_samples[number]]
+        pieces = block.pieces[block.windows[sample - self._first_samples[number]]]
         tokens = np.full(self._window, PADDING, dtype=np.int64)
-        ends = np.cumsum(block.lengths[pieces])
-        for piece, end in zip(pieces, ends, strict=True):
-            length = int(block.lengths[piece])
-            document, offset = int(block.documents[piece]), int(block.offsets[piece])
-            tokens[end - length : end] = self._documents.read(document, offset, length)
-        return Pack(tokens, tuple(block.lengths[pieces].tolist()))
+        at = 0
+        for start, length in zip(pieces.starts.tolist(), pieces.lengths.tolist(), strict=True):
+            tokens[at : at + length] = self._documents.read(start, start + length)
+            at += length
+        return Pack(tokens, tuple(pieces.lengths.tolist()))
 
     def padding_fraction(self) -> float:
         """Padding's share of the tokens of the first block."""
         block = self._block(0)
-        return 1 - int(block.lengths.sum()) / (len(block.windows) * self._window)
+        return 1 - int(block.pieces.lengths.sum()) / (len(block.windows) * self._window)
 
-    def _draw_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The documents in the epoch's order, and the first document of each block in it (and the end)."""
+    def _draw_order(self, epoch: int) -> _Order:
         bits = np.random.PCG64(np.random.SeedSequence([*self._seed, epoch]))
-        order = permutation(bits, len(self._documents.lengths))
-        ends = np.cumsum(self._documents.lengths[order])
-        borders = np.arange(self._num_blocks) * self._documents.num_tokens // self._num_blocks
-        return order, np.append(np.searchsorted(ends, borders, side="right"), len(order))
+        is_large = self._documents.num_documents > MOST_STORED
+        return (_ShuffledRuns if is_large else _ShuffledDocuments)(self._documents, bits, self._num_blocks)
 
     def _pack_block(self, number: int) -> _Block:
         epoch, place = divmod(number, self._num_blocks)
-        order, borders = self._order(epoch)
-        documents = order[borders[place] : borders[place + 1]]
-        lengths = self._documents.lengths[documents]
-        pieces = -(-lengths // self._window)  # of each document
-        first_pieces = np.repeat(np.cumsum(pieces) - pieces, pieces)
-        offsets = (np.arange(pieces.sum()) - first_pieces) * self._window
-        lengths = np.minimum(np.repeat(lengths, pieces) - offsets, self._window)
+        documents = self._order(epoch).block(place)
+        counts = -(-documents.lengths // self._window)  # pieces of each document
+        first_pieces = np.repeat(np.cumsum(counts) - counts, counts)
+        offsets = (np.arange(counts.sum()) - first_pieces) * self._window
+        starts = np.repeat(documents.starts, counts) + offsets
+        lengths = np.minimum(np.repeat(documents.lengths, counts) - offsets, self._window)
         windows = best_fit(lengths.tolist(), self._window)
         bits = np.random.PCG64(np.random.SeedSequence([*self._seed, epoch, place]))
         in_order = [windows[i] for i in permutation(bits, len(windows))]
-        return _Block(np.repeat(documents, pieces), offsets, lengths, in_order)
+        return _Block(Documents(starts, lengths), in_order)

@@ -8,7 +8,6 @@ resumed at any step, made longer, or laid out over another number of replicas, a
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from longred_megatron.data.indexed import check_marks, damaged, num_tokens_in, open_indexed
+from longred_megatron.data.indexed import IndexedDocuments, check_marks, damaged, num_tokens_in, open_indexed
 from longred_megatron.data.interleaving import Interleaving
+from longred_megatron.data.shuffle import MOST_STORED, Order, permutation, shuffled
 from longred_megatron.data.tokenizer import MAX_VOCAB_SIZE
 from longred_megatron.errors import UserError
 from longred_megatron.files import read_json, reason
@@ -92,34 +92,57 @@ def _largest_token(prefix: str) -> int:
     return largest
 
 
-class IndexedDocuments:
-    """The documents of one indexed data set, without empty ones.
+class _Epoch(Protocol):
+    """One pass over a set, all tokens end to end. pieces: the order in which its pieces are used."""
 
-    Raises: `UserError` for missing or damaged files.
-    """
+    pieces: Order
 
-    def __init__(self, prefix: str) -> None:
-        self._dataset = open_indexed(prefix)
-        borders = self._dataset.document_indices  # in sequences of the file; a document may have several
-        tokens_before = np.concatenate([[0], np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)])
-        lengths = np.diff(tokens_before[borders])
-        self.lengths: NDArray[np.int64] = lengths[lengths > 0]  # [documents], in tokens
-        self.num_tokens = int(self.lengths.sum())
-        self._first_sequences = borders[:-1][lengths > 0]
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens start ... stop - 1 of the pass."""
 
-    def read(self, document: int, offset: int, length: int) -> NDArray[np.int64]:
-        """Tokens offset ... offset + length - 1 of a document."""
-        # A document's sequences lie one behind the other in the file: one read goes on from its first.
-        return self._dataset.get(int(self._first_sequences[document]), offset, length)
+    def starts_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The tokens start + 1 ... stop - 1 at which a document begins."""
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """One pass over a set: its documents end to end, and the order in which the pieces are used."""
+class _ShuffledDocuments:
+    """A pass over documents in an order that is stored."""
 
-    documents: NDArray[np.int64]  # [documents], in their order
-    ends: NDArray[np.int64]  # [documents], tokens up to and with each of them
-    pieces: NDArray[np.int64]  # [pieces]
+    def __init__(self, documents: IndexedDocuments, bits: np.random.PCG64, num_pieces: int) -> None:
+        self._documents = documents
+        self._order = documents.table[permutation(bits, len(documents.table.lengths))]
+        self._ends = np.cumsum(self._order.lengths)
+        self.pieces = shuffled(bits, num_pieces)
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        tokens = np.empty(stop - start, dtype=np.int64)
+        at, place = start, int(np.searchsorted(self._ends, start, side="right"))
+        while at < stop:
+            end = int(self._ends[place])
+            length = min(end, stop) - at
+            first = int(self._order.starts[place] + self._order.lengths[place]) - (end - at)
+            tokens[at - start : at - start + length] = self._documents.read(first, first + length)
+            at, place = at + length, place + 1
+        return tokens
+
+    def starts_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        first, last = np.searchsorted(self._ends, [start + 1, stop])
+        return self._ends[first:last]
+
+
+class _AsInFile:
+    """A pass over too many documents to keep an order of them: their order is the file's, and the pieces begin at
+    another token in each pass."""
+
+    def __init__(self, documents: IndexedDocuments, bits: np.random.PCG64, num_pieces: int, spare: int) -> None:
+        """spare: the tokens that no piece has."""
+        self._documents, self._shift = documents, int(bits.random_raw()) % (spare + 1)
+        self.pieces = shuffled(bits, num_pieces)
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        return self._documents.read(self._shift + start, self._shift + stop).astype(np.int64)
+
+    def starts_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        return self._documents.between(self._shift + start + 1, self._shift + stop).starts - self._shift
 
 
 class IndexedSequences:
@@ -129,6 +152,9 @@ class IndexedSequences:
     `sequence_length + 1` tokens; the last token of a piece is the first of the next, so that each token is
     predicted once. The pieces are used in a permuted order; what is left at an epoch's end is dropped.
 
+    Documents of a set that has more than `MOST_STORED` stay in the order of the file, and its last piece is dropped.
+    Memory and time of a sample then depend on the sequence length alone.
+
     Raises: `UserError` for missing or damaged files and for fewer than `sequence_length + 1` tokens.
     """
 
@@ -137,6 +163,7 @@ class IndexedSequences:
         self.sequence_length = sequence_length
         self._seed = seed
         self._documents = IndexedDocuments(prefix)
+        self._is_large = self._documents.num_documents > MOST_STORED
         num_tokens = self._documents.num_tokens
         self.pieces_per_epoch = (num_tokens - 1) // sequence_length
         if self.pieces_per_epoch < 1:
@@ -145,45 +172,36 @@ class IndexedSequences:
                 f"sequence_length {sequence_length} needs {sequence_length + 1}: give more text or a smaller "
                 "sequence_length"
             )
+        if self._is_large:
+            self.pieces_per_epoch = max(1, self.pieces_per_epoch - 1)  # room for the shift
         self._epoch = lru_cache(maxsize=EPOCHS_KEPT)(self._draw_epoch)
 
     def __getitem__(self, sample: int) -> NDArray[np.int64]:
         """Sample 0, 1, ... of the series: tokens [sequence_length + 1]."""
-        number, place = divmod(sample, self.pieces_per_epoch)
-        epoch = self._epoch(number)
-        start = int(epoch.pieces[place]) * self.sequence_length
-        return self._read(epoch, start, start + self.sequence_length + 1)
+        epoch, start = self._place(sample)
+        return epoch.read(start, start + self.sequence_length + 1)
 
     def document_lengths(self, sample: int) -> tuple[int, ...]:
         """How many of the sequence_length + 1 tokens of a sample each of its documents has, in their order."""
-        number, place = divmod(sample, self.pieces_per_epoch)
-        epoch = self._epoch(number)
-        start = int(epoch.pieces[place]) * self.sequence_length
+        epoch, start = self._place(sample)
         stop = start + self.sequence_length + 1
-        inside = epoch.ends[(epoch.ends > start) & (epoch.ends < stop)]
-        return tuple(np.diff(np.concatenate([[start], inside, [stop]])).tolist())
+        return tuple(np.diff(np.concatenate([[start], epoch.starts_between(start, stop), [stop]])).tolist())
 
     def padding_fraction(self) -> None:
         """There is no padding to speak of."""
 
+    def _place(self, sample: int) -> tuple[_Epoch, int]:
+        """A sample's epoch and its first token there."""
+        number, place = divmod(sample, self.pieces_per_epoch)
+        epoch = self._epoch(number)
+        return epoch, int(epoch.pieces[place]) * self.sequence_length
+
     def _draw_epoch(self, number: int) -> _Epoch:
         bits = np.random.PCG64(np.random.SeedSequence([*self._seed, number]))
-        documents = permutation(bits, len(self._documents.lengths))
-        ends = np.cumsum(self._documents.lengths[documents])
-        return _Epoch(documents, ends, permutation(bits, self.pieces_per_epoch))
-
-    def _read(self, epoch: _Epoch, start: int, stop: int) -> NDArray[np.int64]:
-        tokens = np.empty(stop - start, dtype=np.int64)
-        place = int(np.searchsorted(epoch.ends, start, side="right"))
-        at = start
-        while at < stop:
-            document, end = int(epoch.documents[place]), int(epoch.ends[place])
-            offset = at - (end - int(self._documents.lengths[document]))
-            length = min(end, stop) - at
-            tokens[at - start : at - start + length] = self._documents.read(document, offset, length)
-            at += length
-            place += 1
-        return tokens
+        if not self._is_large:
+            return _ShuffledDocuments(self._documents, bits, self.pieces_per_epoch)
+        spare = self._documents.num_tokens - 1 - self.pieces_per_epoch * self.sequence_length
+        return _AsInFile(self._documents, bits, self.pieces_per_epoch, spare)
 
 
 class DocumentSequences:
@@ -198,13 +216,6 @@ class DocumentSequences:
 
     def padding_fraction(self) -> None:
         """There is no padding to speak of."""
-
-
-def permutation(bits: np.random.PCG64, size: int) -> NDArray[np.int64]:
-    """0 ... size - 1 in an order drawn from `bits`, the same with every version of numpy."""
-    # numpy promises the raw bits of PCG64 for all versions, but not `Generator.permutation`: a resumed run
-    # may meet another numpy.
-    return np.argsort(bits.random_raw(size), kind="stable")
 
 
 class Series[Sample](Protocol):

@@ -86,6 +86,20 @@ def test_an_epoch_holds_every_document_once_and_whole_unless_it_is_longer_than_a
     assert pieces(epoch(packed, number)) == expected
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_epoch_of_a_large_set_holds_the_same_in_runs_from_anywhere(number, packed, monkeypatch):
+    expected, stored = pieces(epoch(packed, number)), [pack.tokens.tolist() for pack in epoch(packed, number)]
+    monkeypatch.setattr(packing, "MOST_STORED", 3)
+    monkeypatch.setattr(packing, "RUNS_PER_BLOCK", 4)
+    large = PackedSequences(packed.prefix, WINDOW, (7,))
+    assert pieces(epoch(large, number)) == expected
+    assert [pack.tokens.tolist() for pack in epoch(large, number)] != stored
+    assert "table" not in vars(large._documents)
+    runs = [large._order(0).block(place).starts for place in range(large._num_blocks)]
+    borders = sum(int((np.diff(starts) < 0).sum()) for starts in runs)
+    assert borders > large._num_blocks  # a block goes to and fro in the file
+
+
 def test_the_rest_of_a_window_is_padding(packed):
     for pack in epoch(packed):
         assert len(pack.tokens) == WINDOW

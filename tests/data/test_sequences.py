@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from longred_megatron.data.sequences import (
-    DocumentSequences,
-    IndexedDocuments,
-    IndexedSequences,
-    SequenceSource,
-    check_tokens,
-)
+from longred_megatron.data import sequences as module
+from longred_megatron.data.indexed import IndexedDocuments
+from longred_megatron.data.sequences import DocumentSequences, IndexedSequences, SequenceSource, check_tokens
 from longred_megatron.errors import UserError
 
 SEQUENCE_LENGTH = 16
@@ -65,6 +61,44 @@ def test_an_epoch_is_every_piece_of_the_documents_end_to_end_once(prefix):
         assert order != sorted(order)  # documents are permuted
         orders.append(order)
     assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.fixture
+def as_large(monkeypatch):
+    """The sets of the test have more documents than an order is kept of."""
+    monkeypatch.setattr(module, "MOST_STORED", 3)
+
+
+def test_an_epoch_of_a_large_set_is_every_piece_of_the_file_once(as_large, prefix):
+    sequences = IndexedSequences(prefix, SEQUENCE_LENGTH, (7,))
+    num_tokens = sum(DOCUMENT_LENGTHS)
+    assert sequences.pieces_per_epoch == (num_tokens - 1) // SEQUENCE_LENGTH - 1
+    firsts = set()
+    for epoch in range(40):
+        numbers = range(epoch * sequences.pieces_per_epoch, (epoch + 1) * sequences.pieces_per_epoch)
+        pieces = [sequences[number].tolist() for number in numbers]
+        series = chained(pieces)
+        assert series == list(range(series[0], series[0] + sequences.pieces_per_epoch * SEQUENCE_LENGTH + 1))
+        assert [piece[0] for piece in pieces] != series[:-1:SEQUENCE_LENGTH]  # pieces are permuted
+        firsts.add(series[0])
+    spare = num_tokens - 1 - sequences.pieces_per_epoch * SEQUENCE_LENGTH
+    assert min(firsts) < 3 and spare - 3 < max(firsts) <= spare and len(firsts) > 10  # and begin elsewhere each time
+
+
+def test_the_only_piece_of_a_large_set(as_large, prefix):
+    sequences = IndexedSequences(prefix, sum(DOCUMENT_LENGTHS) - 1, (7,))
+    assert sequences[0].tolist() == sequences[1].tolist() == list(range(sum(DOCUMENT_LENGTHS)))
+
+
+def test_a_large_set_makes_no_table(as_large, prefix):
+    sequences = DocumentSequences(prefix, SEQUENCE_LENGTH, (7,))
+    sequences[5]
+    assert "table" not in vars(sequences._sequences._documents)
+
+
+def test_document_lengths_of_a_large_set(as_large, prefix):
+    test_document_lengths_are_those_of_the_tokens_in_every_epoch(prefix, 7)
+    test_document_lengths_are_those_of_the_tokens_in_every_epoch(prefix, SEQUENCE_LENGTH)
 
 
 def test_documents_of_several_sequences_and_empty_ones(tmp_path):
