@@ -19,6 +19,7 @@ from longred_megatron.data.tokenizer import check_same_tokenizer
 from longred_megatron.errors import UserError, listed
 from longred_megatron.evaluation.models import read_facts, resolve_dtype
 from longred_megatron.evaluation.report import check_output
+from longred_megatron.evaluation.subjects import default_names
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
 from longred_megatron.families import Architecture, read_architecture
 
@@ -80,7 +81,7 @@ def models_of(options: Namespace, kind: str, ranks: Ranks) -> list[Model]:
     """
     ranks.check(lambda: check_output(options.output, kind))
     check_number("texts", options.texts, 1)
-    found = [Model(_name(hf), hf, _architecture(hf)) for hf in options.hf]
+    found = [Model(name, hf, _architecture(hf)) for name, hf in zip(_names(options.hf), options.hf, strict=True)]
     for run in options.runs:
         steps = checkpoints_to_study(run)
         found += [Model(f"{run.name} step {k}", path, read_description(path).architecture, k) for k, path in steps]
@@ -144,7 +145,7 @@ def _architecture(hf: Path) -> Architecture:
     return read_architecture(hf)
 
 
-def _name(hf: Path) -> str:
-    """The folder's name; for an export, which is always called hf, its run's."""
-    hf = hf.absolute()
-    return hf.parent.name if hf.name == "hf" else hf.name
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, of an export, which is always called hf, its run's."""
+    runs = [hf.parent if hf.name == "hf" else hf for hf in (folder.absolute() for folder in folders)]
+    return default_names(runs) or [run.name for run in runs]

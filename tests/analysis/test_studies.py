@@ -47,6 +47,15 @@ def plain(folder: Path, tokens: Tensor, positions: Tensor | None = None) -> Any:
     return model, out
 
 
+def test_models_are_named_by_what_tells_them_apart(folder: Path, tmp_path: Path) -> None:
+    for run_name in ("a/seed-1", "b/seed-1"):
+        (tmp_path / run_name).mkdir(parents=True)
+        (tmp_path / run_name / "hf").symlink_to(folder / "teacher")
+    hf = (str(folder / "model"), str(tmp_path / "a/seed-1/hf"), str(tmp_path / "b/seed-1/hf"))
+    results, _ = run("drift", folder, tmp_path / "output", "--texts", "1", "--length", "16", hf=hf)
+    assert [model["name"] for model in results["models"]] == ["a/seed-1", "b/seed-1"]
+
+
 def test_drift_is_that_of_plain_attentions(folder: Path, tmp_path: Path) -> None:
     scores = ("--scores", "60", "57", "60")
     arguments = ("--texts", "3", "--length", "40", "--short", "16", *scores)
