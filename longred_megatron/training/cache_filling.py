@@ -11,6 +11,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.recipe import Phase
 from longred_megatron.training.microbatches import MicroBatchSource, local_part
 from longred_megatron.training.run import build_teachers
+from longred_megatron.training.teachers import Teachers
 
 
 def check_cache(phases: Sequence[Phase], steps: range | None) -> range:
@@ -34,6 +35,8 @@ def fill(
     """Keeps what the teachers say in these steps. Returns of how many micro-batches it was there, and of how many not.
 
     Of this replica; what is there and whole is not computed again.
+
+    Raises UserError when a rank cannot write.
     """
     there = asked = 0
     is_main = torch.distributed.get_rank() == 0
@@ -54,5 +57,12 @@ def fill(
                     for microbatch, values in zip(local, targets, strict=True):
                         teachers.finish(microbatch, values)
                         values.clear()
+                    _check_written(teachers)
                     progress.update()
+            _check_written(teachers)
     return there, asked
+
+
+def _check_written(teachers: Teachers) -> None:
+    if why := teachers.cache.why_unwritten():
+        raise UserError(f"{why}; free space and start again: what is there is not computed again")

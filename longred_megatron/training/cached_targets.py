@@ -60,7 +60,8 @@ class CachedTargets:
         self._missing: set[int] = set(range(len(self._order)))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
         self._writes: deque[Future[None]] = deque()
-        self._full, self._told = False, set[str]()
+        self._told = set[str]()
+        self._unwritten = ""  # why no more is kept
 
     def keeps(self, objectives: Collection[str]) -> bool:
         """Whether it has a place for the teacher's values of all of these."""
@@ -103,6 +104,12 @@ class CachedTargets:
             for number, keys in enumerate(microbatch.keys):
                 if parts.is_own(number):
                     self._submit(place.store, keys[tap], whole[number].cpu())
+
+    def why_unwritten(self) -> str:
+        """Why some rank of the world keeps no more, as of a full disk; empty: all do. All ranks ask at once."""
+        reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(reasons, self._unwritten)  # the world: all go on, or none
+        return next(filter(None, reasons), "")
 
     def close(self) -> None:
         """Waits for the files."""
@@ -149,10 +156,10 @@ class CachedTargets:
         self._writes.append(self._writer.submit(self._write, store, key, value))
 
     def _write(self, store: TargetStore, key: str, value: Tensor) -> None:
-        if self._full:
+        if self._unwritten:
             return
         try:
             store.write(key, value)
         except OSError as error:
-            self._full = True
-            print(f"teacher.cache: {store.folder}: {reason(error)}; this rank keeps no more, and the run goes on")
+            self._unwritten = f"teacher.cache: {store.folder}: {reason(error)}"
+            print(f"{self._unwritten}; this rank keeps no more")

@@ -37,6 +37,8 @@ FP8 = ("analyze", "fp8", "--text=corpus", "--windows=1", "--lengths=64", "--outp
 DOCTOR = ("doctor", "recipe.yaml", "--output", "out")
 STUDY = ("study", "study.yaml", "--output", "out")
 PLAN = ("plan", "recipe.yaml", "precision.params=bf16", "--gpu=h100-80gb", "--gpus=2", "--output", "out")
+CACHE = ("cache_targets", "recipe.yaml", "teacher.cache=out")
+BENCH = ("bench", "kernels", "--quick", "--output", "out")
 DEMO_TEXTS = ("make_demo_texts", "--sets", "repeats_128", "--share", "0.001", "--output")
 SMOLLM2 = ("make_smollm2", "--output", "out", "--gguf")
 

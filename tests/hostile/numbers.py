@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tests.hostile import bench
 from tests.hostile.case import (
+    BENCH,
+    CACHE,
     DEMO_TEXTS,
     DRIFT,
     EVALUATE,
@@ -138,7 +140,17 @@ def cases() -> Iterator[Case]:
                 says=(words,) if code == 2 else (),
                 seconds=60 if name == "rehearse" else 10,
             )
-    yield from (*recipes(), *of_analyses(), *plans(), *studies(), *command_lines(), *merge_weights(), *json_files())
+    yield from (
+        *recipes(),
+        *of_analyses(),
+        *plans(),
+        *studies(),
+        *caches(),
+        *benches(),
+        *command_lines(),
+        *merge_weights(),
+        *json_files(),
+    )
 
 
 def recipes() -> Iterator[Case]:
@@ -254,6 +266,27 @@ def studies() -> Iterator[Case]:
         yield Case(
             f"study --launch {value!r}", (*STUDY, f"--launch={value}"), says=("--launch|nowhere",), writes=("out",)
         )
+
+
+def caches() -> Iterator[Case]:
+    for value in ("", "0", "0-1", "2-1", "1-9", "-1", "x", "1.5", "1-", "9" * 400):
+        yield Case(f"cache_targets --steps {brief(value)}", (*CACHE, f"--steps={value}"), says=("--steps",))
+    for value in (5, [1], {}, ""):
+        write = bench.edit_recipe(teacher={"cache": value})
+        yield Case(f"teacher.cache: {brief(value)}", TRAIN, write, says=("teacher.cache",))
+    for value in ("bf16", 8, None, "fp4"):
+        write = bench.edit_recipe(teacher={"cache": "out", "cache_format": value})
+        yield Case(f"teacher.cache_format: {brief(value)}", TRAIN, write, says=("teacher.cache_format",))
+    yield Case("cache_targets without a cache", CACHE[:2], says=("teacher.cache",))
+    yield Case("a format without a cache", (*TRAIN, "teacher.cache_format=fp8"), says=("teacher.cache",))
+
+
+def benches() -> Iterator[Case]:
+    for value in ("0", "-1", "x", "1.5", str(10**15), "9" * 400):
+        for flag in ("--repeats=", "layers=", "sequence_length="):
+            yield Case(f"bench {flag}{brief(value)}", (*BENCH, f"{flag}{value}"), says=(flag.strip("-="),))
+    for value in ("microbatches=[1]", "microbatches=[0,0,0]", "microbatches=x", "colour=1", "=1", "layers=", "kernel"):
+        yield Case(f"bench {value}", (*BENCH, value), says=(re.escape(value.partition("=")[0]),))
 
 
 def command_lines() -> Iterator[Case]:

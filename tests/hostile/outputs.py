@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tests.hostile import bench
 from tests.hostile.case import (
+    BENCH,
+    CACHE,
     DEMO_TEXTS,
     DOCTOR,
     DRIFT,
@@ -47,6 +49,9 @@ COMMANDS: dict[str, tuple[Words, str]] = {
     "doctor --output": (lambda out: (*DOCTOR[:-1], out), "--output|PATH"),
     "study --output": (lambda out: (*STUDY[:-1], out), "--output|PATH"),
     "plan --output": (lambda out: (*PLAN[:-1], out), "--output|PATH"),
+    "bench --output": (lambda out: (*BENCH[:-1], out), "--output|PATH"),
+    "cache_targets teacher.cache": (lambda out: (*CACHE[:2], f"teacher.cache={out}"), "teacher.cache|PATH"),
+    "train teacher.cache": (lambda out: (*TRAIN, f"teacher.cache={out}"), "teacher.cache|PATH"),
     "hf-to-megatron --output": (lambda out: (*TO_MEGATRON[:2], "--output", out, "--hf", "model"), "--output|PATH"),
     "megatron-to-hf --output": (
         lambda out: (*TO_HF[:2], "--output", out, "--checkpoint", "converted"),
@@ -96,7 +101,7 @@ def cases() -> Iterator[Case]:
                 "a dangling link",
             ):
                 continue  # a prefix: it is not that path which is written
-            if place == "an empty text" and command.split()[0] in ("make_demo_texts", "train"):
+            if place == "an empty text" and command.split()[0] in ("make_demo_texts", "train", "cache_targets"):
                 continue  # this folder; no value
             said = key.replace("PATH", output[:20] or "not empty")
             yield Case(f"{command} {place}", words(output), prepare, says=(said, reason), unprivileged=unprivileged)
@@ -115,6 +120,7 @@ def in_use() -> Iterator[Case]:
         "doctor --output",
         "study --output",
         "plan --output",
+        "bench --output",
         "hf-to-megatron --output",
         "merge --output",
         "megatron-to-hf --output",
@@ -125,6 +131,8 @@ def in_use() -> Iterator[Case]:
         for output in ("corpus", "notes.txt", "."):
             yield Case(f"{command} is {output}", words(output), says=(r"corpus|notes|\.|work",))
     yield Case("prepare_data --output is an existing set", COMMANDS["prepare_data --output"][0]("set"), says=("set",))
+    for command in ("cache_targets teacher.cache", "train teacher.cache"):
+        yield Case(f"{command} is notes.txt", COMMANDS[command][0]("notes.txt"), says=("teacher.cache.*notes.txt",))
     yield Case("make_demo_texts --output is a file", (*DEMO_TEXTS, "notes.txt"), says=("notes.txt",))
     for suffix in (".bin", ".idx", ".json"):
         yield Case(
@@ -169,6 +177,7 @@ def full_disks() -> Iterator[Case]:
         "analyze drift --output": (),
         "analyze fp8 --output": (),
         "plan --output": (),
+        "cache_targets teacher.cache": ("out",),
         "hf-to-megatron --output": (),
         "merge --output": (),
         "megatron-to-hf --output": (),

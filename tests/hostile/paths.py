@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.hostile.case import (
+    CACHE,
     DRIFT,
     EVALUATE,
     FP8,
@@ -65,6 +66,8 @@ INPUTS: dict[str, Words] = {
     "plan RECIPE": lambda path: ("plan", path, *PLAN[2:]),
     "plan model.hf": lambda path: (*PLAN, f"model.hf={path}"),
     "plan --gpu": lambda path: (*PLAN, f"--gpu={path}:mine"),
+    "cache_targets RECIPE": lambda path: ("cache_targets", path, *CACHE[2:]),
+    "cache_targets teacher.hf": lambda path: (*CACHE, f"teacher.hf={path}"),
     "hf-to-megatron --hf": lambda path: (*TO_MEGATRON, path),
     "megatron-to-hf --checkpoint": lambda path: (*TO_HF, path),
     "verify --hf": lambda path: ("convert_checkpoint", "verify", "--checkpoint", "converted", "--hf", path),

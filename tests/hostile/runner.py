@@ -36,6 +36,8 @@ PROGRAMS = {
         "doctor",
         "study",
         "plan",
+        "cache_targets",
+        "bench",
     )
 }
 TRAIN = "longred_megatron.train"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from tests.hostile.case import (
+    CACHE,
     DEMO_TEXTS,
     DRIFT,
     EVALUATE,
@@ -46,5 +47,8 @@ def cases() -> Iterator[Case]:
     yield Case("plan --search", (*PLAN, "--search"), code=0, seconds=60)
     yield Case("study --list", (*STUDY[:2], "--list"), code=0, says=("to make",))
     yield Case("study", STUDY, code=0, seconds=180, quick=False)
+    yield Case("cache_targets", CACHE, code=0, says=("computed",))
+    yield Case("train with a cache", (*TRAIN, "teacher.cache=targets"), code=0, writes=("targets",))
+    yield Case("bench --list", ("bench", "--list"), code=0, says=("longred_step",))
     yield Case("make_demo_texts", (*DEMO_TEXTS, "out"), code=0)
     yield Case("rehearse", REHEARSE, code=0, seconds=120, quick=False)

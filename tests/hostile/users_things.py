@@ -5,6 +5,7 @@ from pathlib import Path
 
 from longred_megatron.files import MARKER
 from tests.hostile.case import (
+    CACHE,
     DEMO_TEXTS,
     DRIFT,
     EVALUATE,
@@ -29,6 +30,7 @@ OUTPUTS = {
     "select_layers": (SELECT, "out"),
     "analyze drift": ((*DRIFT, "model", "run/hf"), "out"),
     "plan": (PLAN, "out"),
+    "cache_targets": (CACHE, "out"),
     "make_demo_texts": ((*DEMO_TEXTS, "out"), "out"),
 }
 
