@@ -76,6 +76,8 @@ def grids(
         for axes, (title, values) in zip(all_axes, panels.items(), strict=True):
             scale = {"cmap": SIGNED, "vmin": -1, "vmax": 1} if signed else {"cmap": HEAT, "vmin": 0, "vmax": most or 1}
             image = _draw(axes, values, ends, first_column, scale)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(MaxNLocator(8 if len(panels) < 3 else 5, integer=True))
             axes.set_title(title)
             axes.set_xlabel(labels[0])
         all_axes[0].set_ylabel(labels[1])
@@ -90,7 +92,5 @@ def _draw(axes: Axes, values: Tensor, ends: Sequence[float] | None, first_column
     else:
         across, down = ([first - 0.5 + i for i in range(n + 1)] for first, n in ((first_column, columns), (1, rows)))
     image = axes.pcolormesh(across, down, values.numpy(), edgecolors="none", rasterized=True, **scale)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(8, integer=True))
     axes.spines[:].set_visible(False)
     return image
