@@ -105,12 +105,14 @@ class StageMemory:
 
     @cached_property
     def teacher_chunks(self) -> list[tuple[Architecture, list[ChunkModel]]]:
-        """Each teacher, and its chunks on this stage up to the deepest layer that a loss needs."""
+        """Each teacher that has to run, and its chunks on this stage up to the deepest layer that a loss needs."""
         found, p = [], self.parallel
         for hf, teacher in self.phase.teachers.items():
-            needs = self.phase.taught_by(hf).values()
-            depth = max(each.teacher_depth(teacher.num_layers) for each in needs)
-            head = any(each.teacher_head for each in needs)
+            taught = self.phase.taught_by(hf)
+            depth = max(map(self.phase.teacher_depth, taught))
+            head = any(map(self.phase.teacher_head, taught))
+            if not (depth or head):
+                continue
             teacher = replace(teacher, vocab_size=self.phase.source.vocab_size)  # cut as the student's head is
             layout = p.of_teacher(teacher.num_layers)
             found.append((teacher, stage_chunks(teacher, layout, self.stage, depth=depth, head=head, copy=False)))
@@ -178,8 +180,8 @@ class StageMemory:
 
     def _teacher_working(self, name: str) -> float:
         """While a frozen layer runs: nothing is kept, each operation has its input and its output."""
-        site, needs = self.phase.sites[name], self.phase.needs[name]
-        if not needs.teacher:
+        site = self.phase.sites[name]
+        if not self.phase.teacher_depth(name):
             return 0.0
         tokens = self.tokens(self.phase.recipe.objectives[name], site)
         operations = self.layer_operations(site.teacher, tokens)

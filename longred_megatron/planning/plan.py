@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from longred_megatron.planning.flops import step_flops
@@ -20,7 +20,10 @@ AXES = ("tensor", "context", "pipeline", "data")
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """Of one phase of a run. Bytes are of one rank of each pipeline stage, seconds of a step."""
+    """Of one phase of a run. Bytes are of one rank of each pipeline stage, seconds of a step.
+
+    from_caches: the same with teacher caches that have everything; None where there are none.
+    """
 
     phase: Phase
     world_size: int
@@ -31,6 +34,7 @@ class PhasePlan:
     communication_bytes: Mapping[str, float]
     timeline: Sequence[Sequence[Timed]] = field(repr=False)
     order: Sequence[str] = field(repr=False)
+    from_caches: "PhasePlan | None" = field(default=None, repr=False)
 
     @property
     def fullest(self) -> RankMemory:
@@ -75,7 +79,11 @@ class Change(NamedTuple):
 
 def plan_phase(phase: Phase, world_size: int, gpu: Gpu) -> PhasePlan:
     """The plan of a phase in which `check_phase` has found no problem."""
-    return plan_stages(stage_memories(phase, world_size), world_size, gpu)
+    plan = plan_stages(stage_memories(phase, world_size), world_size, gpu)
+    if not phase.caches():
+        return plan
+    full = replace(phase, caches_are_full=True)
+    return replace(plan, from_caches=plan_stages(stage_memories(full, world_size), world_size, gpu))
 
 
 def stage_memories(phase: Phase, world_size: int) -> list[StageMemory]:
@@ -195,8 +203,22 @@ def to_json(plans: Sequence[PhasePlan], changes: Sequence[Change] = ()) -> dict[
         "phases": [
             {"number": p.phase.number, "fits": p.fits, "step_seconds": p.step_seconds, "hours": p.hours} for p in plans
         ],
+        "from_caches": _from_caches(plans),
         "best_changes": [{"override": each.override, "saves_hours": hours - each.hours} for each in changes],
         "assumptions": plan.gpu.model_dump(mode="json"),
+    }
+
+
+def _from_caches(plans: Sequence[PhasePlan]) -> dict[str, Any] | None:
+    """Of a run whose teacher caches have everything; None where it has none."""
+    if all(each.from_caches is None for each in plans):
+        return None
+    full = [each.from_caches or each for each in plans]
+    most = max(each.needed_bytes for each in full)
+    return {
+        "fits": all(each.fits for each in full),
+        "memory_bytes": math.ceil(most),
+        "hours": sum(each.hours for each in full),
     }
 
 
@@ -237,6 +259,8 @@ def verdict(plans: Sequence[PhasePlan], changes: Sequence[Change]) -> list[str]:
         lines.append(f"costs {content['dollars']:,.0f} dollars")
     if len(plans) > 1:
         lines += [f"phase {p.phase.number}: {p.hours:.1f} hours, {p.needed_bytes / GIB:.1f} GiB" for p in plans]
+    if full := content["from_caches"]:
+        lines.append(f"from full teacher caches: {full['hours']:.1f} hours, {full['memory_bytes'] / GIB:.1f} GiB")
     for each in content["best_changes"]:
         saved = each["saves_hours"]
         lines.append(f"faster with {each['override']}: saves {saved:.1f} hours ({saved / content['hours']:.0%})")

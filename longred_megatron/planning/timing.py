@@ -126,16 +126,16 @@ class StageTime:
         embedding = 2 * chunk.first  # an all-reduce forward; or a reduce-scatter, and an all-gather backward
         head = 2 * (chunk.last and needs.student_head)
         sent = (embedding + head) * self.tensor_bytes(self.phase.source, name)
-        if chunk.last and needs.teacher_head and gathered:
+        if chunk.last and self.phase.teacher_head(name) and gathered:
             sent += self.tensor_bytes(self.phase.sites[name].teacher, name)
         return sent
 
     def tensor_step_bytes(self, name: str) -> float:
         """All of a micro-batch's tensor-parallel messages on this stage."""
-        needs, layers = self.phase.needs[name], sum(len(chunk.layers) for chunk in self.memory.chunks)
+        layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
         sent = layers * sum(self.messages) * self.tensor_bytes(self.phase.source, name)
         sent += sum(self.end_bytes(chunk, name) for chunk in self.memory.chunks)
-        if needs.teacher:
+        if self.phase.teacher_depth(name):
             embedding = (1 if self.phase.recipe.parallel.sequence else 2) * (self.memory.stage == 0)
             messages = self.messages.forward * self._teacher_layers(name) + embedding
             sent += messages * self.tensor_bytes(self.phase.sites[name].teacher, name)
@@ -146,27 +146,24 @@ class StageTime:
         layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
         passes = 3 + (self.phase.recipe.training.recompute == "full")
         sent = layers * passes * self.ring_bytes(self.phase.source, name)
-        if self.phase.needs[name].teacher:
+        if self.phase.teacher_depth(name):
             sent += self._teacher_layers(name) * self.ring_bytes(self.phase.sites[name].teacher, name)
         return sent
 
     def pipeline_step_bytes(self, name: str) -> float:
         """All that this stage sends of a micro-batch to the stages before and after it."""
-        p, stage, needs = self.phase.recipe.parallel, self.memory.stage, self.phase.needs[name]
+        p, stage, depth = self.phase.recipe.parallel, self.memory.stage, self.phase.teacher_depth(name)
         if p.pipeline == 1:
             return 0.0
         ends = (stage == 0) + (stage == p.pipeline - 1)
         sent = (2 * len(self.memory.chunks) - ends) * self.message_bytes()
-        if needs.teacher:
+        if depth:
             teacher = self.phase.sites[name].teacher
             chunks = p.for_depth(teacher.num_layers).chunk_layers(teacher.num_layers)
             following = (chunks[number + 1] for number in self._teacher_chunks(name) if number + 1 < len(chunks))
-            needed = sum(chunk.start <= self._teacher_depth(name) for chunk in following)
+            needed = sum(chunk.start <= depth for chunk in following)
             sent += needed * self.message_bytes() * teacher.hidden_size / self.phase.source.hidden_size
         return sent
-
-    def _teacher_depth(self, name: str) -> int:
-        return self.phase.needs[name].teacher_depth(self.phase.sites[name].teacher.num_layers)
 
     def _teacher_chunks(self, name: str) -> dict[int, range]:
         """{number of a chunk of the teacher: its layers} on this stage."""
@@ -176,13 +173,13 @@ class StageTime:
 
     def _teacher_layers(self, name: str) -> int:
         """Of this stage, up to the deepest that a loss needs."""
-        depth = self._teacher_depth(name)
+        depth = self.phase.teacher_depth(name)
         return sum(number <= depth for chunk in self._teacher_chunks(name).values() for number in chunk)
 
     def _teacher_seconds(self, name: str) -> dict[str, float]:
         """The forward pass of a micro-batch's teacher on this stage."""
-        needs, site = self.phase.needs[name], self.phase.sites[name]
-        if not needs.teacher:
+        site = self.phase.sites[name]
+        if not self.phase.teacher_depth(name):
             return {}
         fp8 = self.phase.recipe.precision.of_teacher().fp8 is not None
         layer = sum(self.layer_seconds(site.teacher, name, fp8).values())
@@ -207,7 +204,7 @@ class StageTime:
             passed["starting operations"] = max(0.0, times * host - sum(passed.values()))
         forward["tensor-parallel messages"] += self.end_bytes(chunk, name) / self.link("tensor")
         if chunk.last and self.phase.needs[name].student_head:
-            heads = 3 + self.phase.needs[name].teacher_head  # two gradients are made with the logits
+            heads = 3 + self.phase.teacher_head(name)  # two gradients are made with the logits
             flops = 2 * model.hidden_size * model.vocab_size * site.rank_tokens / recipe.parallel.tensor
             forward["losses"] += self._matrix(heads * flops, layers=False)
             scores = 4 * site.rank_tokens * model.vocab_size / recipe.parallel.tensor

@@ -23,6 +23,7 @@ class Phase:
     number: int = 1
     steps_before: int = 0  # of the phases before
     tokens_before: int = 0
+    caches_are_full: bool = False  # of a plan: what the teachers say is all there
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -57,6 +58,18 @@ class Phase:
         """{objective: the folder that keeps what its teacher says}, of those that have one."""
         folders = {name: self.recipe.teacher_of(name).cache for name in self.needs if self.teacher_of(name)}
         return {name: folder for name, folder in folders.items() if folder is not None}
+
+    def teacher_depth(self, objective: str) -> int:
+        """The last layer of its teacher that has to run for an objective; 0: none."""
+        if self.caches_are_full and objective in self.caches():
+            return 0
+        return self.needs[objective].teacher_depth(self.sites[objective].teacher.num_layers)
+
+    def teacher_head(self, objective: str) -> bool:
+        """Whether its teacher's head has to run for an objective."""
+        needs = self.needs[objective]
+        kept = self.caches_are_full and objective in self.caches() and needs.teacher_entries is not None
+        return needs.teacher_head and not kept
 
     @property
     def last_step(self) -> int:

@@ -90,6 +90,10 @@ class CachedTargets:
         """Whether the teacher has to be asked for a micro-batch, by its number in the step."""
         return index in self._missing
 
+    def found(self) -> list[str]:
+        """The objectives of the step's micro-batches whose teacher need not be asked, one for each."""
+        return [name for i, name in enumerate(self._order) if i not in self._missing]
+
     def keep(self, microbatch: MicroBatch, targets: dict[Tap, Tensor]) -> None:
         """Writes a micro-batch's values, and leaves in `targets` what a later run will read. All ranks of a replica."""
         place = self._places.get(microbatch.objective)

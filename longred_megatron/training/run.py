@@ -3,6 +3,7 @@
 import gc
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, nullcontext
@@ -24,7 +25,7 @@ from longred_megatron.files import write_text
 from longred_megatron.model import userbuffers
 from longred_megatron.model.chunk import ModelChunk, build_chunks, padded_vocab_size
 from longred_megatron.model.fp8 import forget_models
-from longred_megatron.planning.flops import step_flops
+from longred_megatron.planning.flops import microbatch_flops, step_flops
 from longred_megatron.planning.order import last_reach_all, microbatch_order
 from longred_megatron.recipe import Phase, Recipe, dump_recipe
 from longred_megatron.training import metrics as m
@@ -179,7 +180,6 @@ def train(
 def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: int, watchdog: Watchdog) -> None:
     """Trains the steps of a phase after step `done`, whose checkpoint it loads."""
     folder, phase = whole.run.dir, run.phase
-    flops = step_flops(phase)
     reduce_losses = m.LossReducer(phase.recipe.objectives, run.groups)
     watchdog.progress("loading the checkpoint")
     if done:
@@ -192,7 +192,7 @@ def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: in
         for step, microbatches in _prefetched(run, first, phase.last_step):
             watchdog.progress(f"step {step}")
             metrics = {"step": step} | ({"phase": phase.number} if whole.phases else {})
-            metrics |= _one_step(run, step, microbatches, reduce_losses, flops)
+            metrics |= _one_step(run, step, microbatches, reduce_losses)
             saver.after_step()
             if m.first_non_finite(metrics):
                 saver.finish()  # the checkpoint on its way is a good one
@@ -209,9 +209,7 @@ def _train_phase(run: PhaseRun, whole: Recipe, phases: Sequence[Phase], done: in
                 raise SystemExit(128 + signal)
 
 
-def _one_step(
-    run: PhaseRun, step: int, microbatches: list[MicroBatch], reduce_losses: m.LossReducer, flops: float
-) -> dict[str, Any]:
+def _one_step(run: PhaseRun, step: int, microbatches: list[MicroBatch], reduce_losses: m.LossReducer) -> dict[str, Any]:
     phase, groups = run.phase, run.groups
     recipe, own_step = phase.recipe, step - phase.steps_before
     rate = set_hyperparameters(run.optimizer, recipe.optimizer, own_step, recipe.training.steps)
@@ -232,10 +230,18 @@ def _one_step(
         "tokens": phase.tokens_before + own_step * tokens,
         "step_seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "model_flops_utilization": peak and flops / seconds / peak / torch.distributed.get_world_size(),
+        "model_flops_utilization": peak and _flops(run) / seconds / peak / torch.distributed.get_world_size(),
         "teacher_seconds": result.teacher_seconds,
         **m.memory(),
     }
+
+
+def _flops(run: PhaseRun) -> float:
+    """Of the last step, without what its teachers need not have been asked."""
+    phase, full = run.phase, replace(run.phase, caches_are_full=True)
+    found = Counter(run.train_step.teachers.cache.found())
+    saved = (n * (microbatch_flops(phase, name) - microbatch_flops(full, name)) for name, n in found.items())
+    return step_flops(phase) - sum(saved)
 
 
 def _prefetched(run: PhaseRun, first: int, last: int) -> Iterator[tuple[int, list[MicroBatch]]]:

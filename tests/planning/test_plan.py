@@ -8,6 +8,7 @@ import pytest
 from transformers import LlamaConfig
 
 from longred_megatron.errors import UserError
+from longred_megatron.planning.flops import step_flops
 from longred_megatron.planning.gpus import KNOWN, read_gpu
 from longred_megatron.planning.plan import PhasePlan, plan_phase
 from longred_megatron.recipe import load_recipe, read_phases
@@ -99,6 +100,35 @@ def test_all_wait_for_the_slowest_replica(pipeline: int, llama: Path) -> None:
     assert mixed.step_seconds > 1.1 * min(each.step_seconds for each in alone.values())
     activations = [each.fullest.peak.parts["activations"] for each in alone.values()]
     assert mixed.fullest.peak.parts["activations"] == max(activations)
+
+
+def test_a_full_cache_leaves_the_teacher_out(llama: Path, tmp_path: Path) -> None:
+    def plans(*more: str) -> tuple[PhasePlan, PhasePlan]:
+        recipe = load_recipe(
+            RECIPES / "llama3_8b_128k_packed.yaml",
+            [f"model.hf={llama}", f"teacher.hf={llama}", f"teacher.cache={tmp_path}", *more],
+        )
+        plan = plan_phase(read_phases(recipe)[0], 64, read_gpu("h100-80gb"))
+        assert plan.from_caches is not None and plan.from_caches.from_caches is None
+        return plan, plan.from_caches
+
+    live, full = plans()
+    source, length = live.phase.source, live.phase.recipe.objectives["packed_distillation"].sequence_length
+    with_head, without = (source.forward_flops_per_token(n, length, True) for n in (source.num_layers, 0))
+    tokens = live.step_tokens
+    # Of its last hidden states the logits are computed again.
+    assert step_flops(live.phase) - step_flops(full.phase) == pytest.approx(tokens * (with_head - without))
+    assert 0.6 < full.step_seconds / live.step_seconds < 0.85  # a fourth of four passes, and no messages for it
+    layers = source.num_layers // live.phase.recipe.parallel.pipeline
+    tensor = live.phase.recipe.parallel.tensor
+    for a, b in zip(live.memory, full.memory, strict=True):
+        less = a.peak.parts["teacher"] - b.peak.parts["teacher"]
+        assert less == pytest.approx(2 * layers * source.layer_parameters() / tensor, rel=1e-3)
+
+    live, few = plans("objectives.packed_distillation.top_k=128")
+    head = source.forward_flops_per_token(0, length, True)
+    assert step_flops(live.phase) - step_flops(few.phase) == pytest.approx(tokens * with_head)
+    assert head > 0 and all(stage.peak.parts["teacher"] == 0 for stage in few.memory)  # nor is its head there
 
 
 def test_the_best_single_changes(llama: Path, tmp_path: Path) -> None:

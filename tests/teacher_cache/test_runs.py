@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import pytest
 from cache_targets import main as cache_targets
 from longred_megatron.errors import UserError
 from longred_megatron.parallel.groups import destroy, initialize
+from longred_megatron.planning.flops import step_flops
 from longred_megatron.recipe import load_recipe, read_phases
 from longred_megatron.train import main as train_main
+from longred_megatron.training import metrics
 from longred_megatron.training.rehearsal import SIZES
 from longred_megatron.training.small_copy import small_copy
 from tests.training.workspace import build_run, make_workspace, read_metrics, without_times
@@ -65,6 +68,28 @@ def test_a_run_reads_what_the_tool_kept_and_loads_no_teacher(folder: Path) -> No
         assert not build_run(recipe, groups, f"teacher.cache={folder}/cache").train_step.teachers.models
     finally:
         destroy()
+
+
+def test_utilization_counts_no_teacher_that_was_not_asked(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "peak_flops", lambda fp8: 1e9)
+
+    def flops(name: str, *more: str) -> list[float]:
+        train(folder / "recipe.yaml", f"run.dir={tmp_path}/{name}", *more)
+        steps = read_metrics(tmp_path / name)
+        return [step["model_flops_utilization"] * step["step_seconds"] * 1e9 for step in steps]
+
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    phase = read_phases(load_recipe(folder / "recipe.yaml", [f"teacher.cache={tmp_path}/cache"]))[0]
+    all_asked, none_asked = step_flops(phase), step_flops(replace(phase, caches_are_full=True))
+    assert none_asked < 0.9 * all_asked
+    assert flops("live") == pytest.approx([all_asked] * 2)
+    assert flops("filling", f"teacher.cache={tmp_path}/new") == pytest.approx([all_asked] * 2)
+    assert flops("reading", f"teacher.cache={tmp_path}/cache") == pytest.approx([none_asked] * 2)
+    files(tmp_path / "cache")[3].unlink()
+    first, second = flops("mending", f"teacher.cache={tmp_path}/cache")
+    assert sorted([first, second])[0] == pytest.approx(none_asked) and none_asked < max(first, second) < all_asked
 
 
 def test_a_damaged_file_is_computed_again_and_mended(folder: Path, tmp_path: Path) -> None:
