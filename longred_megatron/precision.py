@@ -116,6 +116,18 @@ class Precision(Settings):
         """
         return 0.0 if self.fp8 is None else 2 * (1 + (self.scaling == "mxfp8") / 32)
 
+    @property
+    def kept_input_bytes(self) -> float:
+        """Kept of a number that enters a layer's matrix product, for its backward pass: in FP8 that number, and a scale
+        of four bytes for 128 (blockwise) or of one for 32 (mxfp8)."""
+        return self.number_bytes if self.fp8 is None else 1 + (self.scaling in ("blockwise", "mxfp8")) / 32
+
+    @property
+    def kept_copy_bytes(self) -> int:
+        """Kept beside each number of attention's output: with delayed scaling the projection's own FP8 number. The
+        other recipes make it again (Megatron's `save_original_input`)."""
+        return int(self.scaling == "delayed")
+
     def of_teacher(self) -> "Precision":
         """Of the frozen models."""
         return self if self.teacher_fp8 else self.without_fp8()

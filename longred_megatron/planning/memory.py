@@ -12,6 +12,7 @@ from longred_megatron.planning.operations import (
     PLAIN,
     Cost,
     Implementation,
+    Numbers,
     Operation,
     Tokens,
     Widths,
@@ -23,7 +24,7 @@ from longred_megatron.planning.order import replica_orders
 from longred_megatron.planning.parameters import MATRICES, ChunkModel, buffer_elements, elements, stage_chunks
 from longred_megatron.planning.saving import export_bytes
 from longred_megatron.planning.schedule import stage_passes
-from longred_megatron.precision import GRADIENT_BYTES
+from longred_megatron.precision import GRADIENT_BYTES, Precision
 from longred_megatron.recipe import Phase
 
 Bytes = dict[str, float]
@@ -184,7 +185,7 @@ class StageMemory:
         if not self.phase.teacher_depth(name):
             return 0.0
         tokens = self.tokens(self.phase.recipe.objectives[name], site)
-        operations = self.layer_operations(site.teacher, tokens)
+        operations = self.layer_operations(site.teacher, tokens, self.phase.recipe.precision.of_teacher())
         return (
             without_graph(operations)
             + tokens.own * site.teacher.hidden_size * self.size
@@ -216,9 +217,10 @@ class StageMemory:
         heads = model.num_attention_heads if tap.what == "query" else model.num_kv_heads
         return tokens.all * heads * model.head_dim * self.size / self.parallel.tensor
 
-    def layer_operations(self, model: Architecture, tokens: Tokens) -> list[Operation]:
+    def layer_operations(self, model: Architecture, tokens: Tokens, precision: Precision) -> list[Operation]:
         """Of one layer, in order."""
-        return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, self.size)
+        numbers = Numbers(self.size, precision.kept_input_bytes, precision.kept_copy_bytes)
+        return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, numbers)
 
     def tokens(self, objective: Objective, site: Site) -> Tokens:
         """Of a micro-batch of the objective."""
@@ -251,7 +253,7 @@ class StageMemory:
         tokens = self.tokens(recipe.objectives[name], site)
         model, size = self.phase.source, self.size
         state = tokens.own * model.hidden_size * size
-        operations = self.layer_operations(model, tokens)
+        operations = self.layer_operations(model, tokens, recipe.precision)
         recompute = recipe.training.recompute
         table = self._table(tokens, model)
         yield Cost(table, table + state, 0.0)

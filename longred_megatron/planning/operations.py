@@ -112,7 +112,16 @@ class Widths:
         )
 
 
-LayerOperations = Callable[[Widths, Tokens, int], list[Operation]]
+class Numbers(NamedTuple):
+    """Bytes of a number of one tensor. input: as a matrix product keeps what enters it. copy: of a second one that it
+    keeps of attention's output."""
+
+    size: int
+    input: float
+    copy: float
+
+
+LayerOperations = Callable[[Widths, Tokens, Numbers], list[Operation]]
 
 
 @dataclass(frozen=True)
@@ -129,12 +138,13 @@ class Implementation:
     optimizer_copies: int
 
 
-def plain_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
+def plain_layer(w: Widths, t: Tokens, numbers: Numbers) -> list[Operation]:
     """A layer of Megatron's local specification with `model.plain_layers` and torch's scaled_dot_product_attention.
 
-    size: bytes of a number. Attention computes in fp32, of copies where the numbers are 16-bit. What is kept is what
-    the operations save for their backward passes.
+    Attention computes in fp32, of copies where the numbers are 16-bit. What is kept is what the operations save for
+    their backward passes. There is no FP8.
     """
+    size = numbers.size
     copies = size < 4
     qkv = w.query + 2 * w.kv
 
@@ -183,37 +193,42 @@ def plain_norm(width: float, tokens: float, size: int) -> Operation:
     return Operation("norm", kept, tokens * size * width, tokens * copies, tokens * (4 * width + copies))
 
 
-def fused_layer(w: Widths, t: Tokens, size: int) -> list[Operation]:
+def fused_layer(w: Widths, t: Tokens, numbers: Numbers) -> list[Operation]:
     """A layer of Megatron's Transformer Engine specification, on a GPU.
 
     A norm is a part of the product after it, which keeps the norm's input, its output, and an fp32 number a token.
     Attention keeps queries, keys, values, its output, and an fp32 number for each head; it sees no mask. The gate's
     fused activation keeps what it takes. Products add weight gradients to the sum of all micro-batches themselves
-    (apex). Read in Transformer Engine 2.20's modules; checked against no GPU.
+    (apex). What is kept is byte for byte what Transformer Engine 2.20's Python saves (`tests/gpu_path/test_kept.py`);
+    on a GPU nothing was measured. With FP8 attention it is less.
     """
+    size = numbers.size
     qkv = w.query + 2 * w.kv
     gathered = size * t.all * w.hidden if t.own < t.all else 0.0  # tokens of all tensor ranks
     # The ring of context ranks: the next keys and values, and each step's part of the output.
     ring = size * t.all * (4 * w.kv + 2 * w.query) if t.keys > t.all else 0.0
-    norm = fused_norm(w.hidden, t.own, size)
+    norm = fused_norm(w.hidden, t.own, size, numbers.input)
+    # Their output, too: Transformer Engine's Python keeps none, but Megatron's run with such norms on H100 held it.
     heads = [] if not w.qk_norm else [fused_norm(w.query + w.kv, t.all, size)._replace(part="attention")]
     attention = t.all * (size * (qkv + w.query) + 4 * w.heads)
+    copy = t.all * numbers.copy * w.query
     return [
         norm,
         Operation("attention", 0, t.all * size * qkv, gathered, 2 * gathered),
         *heads,
         Operation("attention", attention, t.all * size * w.query, ring, t.all * size * qkv + 2 * ring),
-        Operation("attention", 0, t.own * size * w.hidden, gathered, gathered),
+        Operation("attention", copy, t.own * size * w.hidden, gathered, gathered),
         norm,
         Operation("mlp", t.all * size * 2 * w.ffn, t.all * size * 2 * w.ffn, gathered, 2 * gathered),
         Operation("mlp", 0, t.all * size * w.ffn),
-        Operation("mlp", t.all * size * w.ffn, t.own * size * w.hidden, gathered, gathered),
+        Operation("mlp", t.all * numbers.input * w.ffn, t.own * size * w.hidden, gathered, gathered),
     ]
 
 
-def fused_norm(width: float, tokens: float, size: int) -> Operation:
-    """Keeps its input, its output, and an fp32 number a token."""
-    return Operation("norm", tokens * (2 * size * width + 4), tokens * size * width, backward=tokens * size * width)
+def fused_norm(width: float, tokens: float, size: int, output: float | None = None) -> Operation:
+    """Keeps its input, its output, and an fp32 number a token. output: bytes kept of its output's number."""
+    kept = tokens * ((size + (size if output is None else output)) * width + 4)
+    return Operation("norm", kept, tokens * size * width, backward=tokens * size * width)
 
 
 PLAIN = Implementation(

@@ -100,10 +100,11 @@ class StageTime:
     def host_seconds(self, model: Architecture, name: str) -> float:
         """What a process takes to start one layer's forward pass: each operation once, attention for each part of the
         context ring."""
-        site, objective = self.phase.sites[name], self.phase.recipe.objectives[name]
-        operations = len(self.memory.layer_operations(model, self.memory.tokens(objective, site)))
+        site, recipe, objective = self.phase.sites[name], self.phase.recipe, self.phase.recipe.objectives[name]
+        tokens = self.memory.tokens(objective, site)
+        operations = len(self.memory.layer_operations(model, tokens, recipe.precision))
         if not objective.whole_sequences:
-            operations += self.phase.recipe.parallel.context - 1
+            operations += recipe.parallel.context - 1
         return operations * self.gpu.operation_host_seconds
 
     def tensor_bytes(self, model: Architecture, name: str) -> float:

@@ -17,7 +17,7 @@ from longred_megatron.families import Architecture
 from longred_megatron.families.weights import PaddedRows, Replicated, Rule, column_parallel, norm, row_parallel
 from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.memory import StageMemory
-from longred_megatron.planning.operations import FUSED, Cost, Operation, Tokens, Widths, fused_layer
+from longred_megatron.planning.operations import FUSED, Cost, Numbers, Operation, Tokens, Widths, fused_layer
 from longred_megatron.planning.parameters import ChunkModel, buffer_elements
 from longred_megatron.planning.plan import plan_stages
 from longred_megatron.recipe import Phase, Recipe
@@ -186,12 +186,12 @@ class GoldenMemory(StageMemory):
             "workspaces": WORKSPACES,
         }
 
-    def _layer(self, w: Widths, t: Tokens, size: int) -> list[Operation]:
+    def _layer(self, w: Widths, t: Tokens, numbers: Numbers) -> list[Operation]:
         """LayerNorm keeps a mean as well; dropout a byte a number; attention that is not fused its scores, in bf16,
         before and after their dropout."""
         case = self.case
-        first, qkv, *heads, core, out, second, up, activation, down = fused_layer(w, t, size)
-        scores = t.all * w.heads * case.sequence_length * (2 * size + 1) if case.scores else 0.0
+        first, qkv, *heads, core, out, second, up, activation, down = fused_layer(w, t, numbers)
+        scores = t.all * w.heads * case.sequence_length * (2 * numbers.size + 1) if case.scores else 0.0
         mask = t.own * w.hidden if case.dropout else 0.0
         first, second = (each._replace(kept=each.kept + 4 * t.own) for each in (first, second))
         core = core._replace(kept=core.kept + scores)
