@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import platform
+import resource
 import socket
 import time
 from datetime import timedelta
@@ -17,6 +18,8 @@ from longred_megatron.device import on_gpu
 from longred_megatron.errors import UserError, first_few
 from longred_megatron.layout import Parallel
 from longred_megatron.parallel import cpu_shim
+
+FILES = 1 << 16  # that a process may open
 
 
 def initialize(
@@ -39,6 +42,7 @@ def initialize(
         alone = alone or "RANK" not in os.environ  # started without torchrun
         if not alone:
             _check_address(os.environ["MASTER_ADDR"])
+        _allow_sockets()
         try:
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpu else "gloo",
@@ -59,10 +63,20 @@ def initialize(
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=math.ceil(timeout.total_seconds() / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _allow_sockets() -> None:
+    """gloo connects each rank with each of its group: with 1,000 ranks these are more sockets than the files that a
+    process may open by default. Raises that number as far as this user may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_same_device(gpu: bool) -> None:

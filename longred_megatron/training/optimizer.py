@@ -111,7 +111,7 @@ def build_optimizer(
         bf16=dtype is torch.bfloat16,
         use_distributed_optimizer=True,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
 
 
 def set_hyperparameters(optimizer: MegatronOptimizer, settings: Optimizer, step: int, num_steps: int) -> float:
