@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 
 from longred_megatron.planning.gpus import read_gpu
-from longred_megatron.planning.operations import FUSED, Tokens, Widths
+from longred_megatron.planning.operations import FUSED, Numbers, Tokens, Widths
 from longred_megatron.planning.plan import plan_phase
 from longred_megatron.recipe import load_recipe, read_phases
 from tests.training.workspace import make_workspace
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 MICROBATCHES = 6
-OPERATIONS = len(FUSED.layer(Widths(1, 1, 1, 1, 1, 1, False), Tokens(1, 1, 1), 2))
+OPERATIONS = len(FUSED.layer(Widths(1, 1, 1, 1, 1, 1, False), Tokens(1, 1, 1), Numbers(2, 2, 0)))
 
 
 @pytest.fixture(scope="module")
