@@ -48,16 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe, phases, data = _check(options.recipe, options.overrides, rank == 0, world_size)
         steps = check_cache(phases, _steps(options.steps))
-        undecided = auto_counts(recipe)
-        groups = initialize(recipe.parallel, recipe.training.seed, timedelta(minutes=30))
-        if undecided:
-            recipe, phases, data = agreed(recipe)
-        there, computed = fill(phases, data, groups, steps)
     except UserError:
         if rank == 0:
             raise
         time.sleep(5)  # every rank finds the same mistake; the first one tells, before torchrun ends the others
         sys.exit(2)
+    undecided = auto_counts(recipe)
+    groups = initialize(recipe.parallel, recipe.training.seed, timedelta(minutes=30))
+    if undecided:
+        recipe, phases, data = agreed(recipe)
+    there, computed = fill(phases, data, groups, steps)
     if rank == 0:
         whose = "" if groups.dp.size() == 1 else " of this replica"
         print(f"{there + computed} micro-batches{whose}: {computed} computed, {there} were there")

@@ -125,8 +125,8 @@ class IndexedDocuments:
         self.num_documents = len(self._borders) - 1  # empty ones, too
         self.num_tokens = self._file_tokens - self._first_token
 
-    def read(self, start: int, stop: int) -> NDArray[np.int64]:
-        """Tokens start ... stop - 1."""
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens start ... stop - 1, in the file's number format."""
         return self._dataset.get(0, self._first_token + start, stop - start)
 
     def between(self, start: int, stop: int) -> Documents:

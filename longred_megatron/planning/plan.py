@@ -82,8 +82,8 @@ def plan_phase(phase: Phase, world_size: int, gpu: Gpu) -> PhasePlan:
     plan = plan_stages(stage_memories(phase, world_size), world_size, gpu)
     if not phase.caches():
         return plan
-    full = replace(phase, caches_are_full=True)
-    return replace(plan, from_caches=plan_stages(stage_memories(full, world_size), world_size, gpu))
+    full = plan_stages(stage_memories(phase.with_full_caches, world_size), world_size, gpu)
+    return replace(plan, from_caches=full)
 
 
 def stage_memories(phase: Phase, world_size: int) -> list[StageMemory]:

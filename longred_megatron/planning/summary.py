@@ -1,10 +1,9 @@
 """A plan's short form, printed at start-up: ranks, tokens, step loss, memory, and what is not computed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longred_megatron.families import Architecture
-from longred_megatron.objectives.base import Needs
 from longred_megatron.planning.cache_size import cache_lines
 from longred_megatron.planning.memory import fullest_rank
 from longred_megatron.planning.plan import GIB
@@ -170,7 +169,8 @@ def _skipped_line(phase: Phase) -> Block:
         skipped.append(f"the teacher on {', '.join(without)}")
     for hf, teacher in phase.teachers.items():
         whose = "the teacher's" if len(phase.teachers) == 1 else f"teacher {hf}'s"
-        depth, head = _teacher_extent(phase.taught_by(hf).values(), teacher)
+        taught = phase.taught_by(hf)
+        depth, head = max(map(phase.teacher_depth, taught)), any(map(phase.teacher_head, taught))
         if depth < teacher.num_layers:
             skipped.append(f"{whose} layers {depth + 1} to {teacher.num_layers}")
         if not head:
@@ -178,12 +178,6 @@ def _skipped_line(phase: Phase) -> Block:
     if without := [name for name, each in needs.items() if not each.student_head]:
         skipped.append(f"the model's head on {', '.join(without)}")
     return Block("not computed", "; ".join(skipped) or "nothing")
-
-
-def _teacher_extent(needs: Iterable[Needs], teacher: Architecture) -> tuple[int, bool]:
-    """The last layer that a teacher has to run for all `needs`, and whether it needs its head."""
-    each = list(needs)
-    return max(n.teacher_depth(teacher.num_layers) for n in each), any(n.teacher_head for n in each)
 
 
 def _replicas(recipe: Recipe, world_size: int) -> int:

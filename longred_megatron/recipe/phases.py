@@ -23,7 +23,7 @@ class Phase:
     number: int = 1
     steps_before: int = 0  # of the phases before
     tokens_before: int = 0
-    caches_are_full: bool = False  # of a plan: what the teachers say is all there
+    caches_are_full: bool = False  # see `with_full_caches`
 
     @cached_property
     def sites(self) -> dict[str, Site]:
@@ -58,6 +58,11 @@ class Phase:
         """{objective: the folder that keeps what its teacher says}, of those that have one."""
         folders = {name: self.recipe.teacher_of(name).cache for name in self.needs if self.teacher_of(name)}
         return {name: folder for name, folder in folders.items() if folder is not None}
+
+    @cached_property
+    def with_full_caches(self) -> "Phase":
+        """The same with caches that have all that the teachers say."""
+        return replace(self, caches_are_full=True)
 
     def teacher_depth(self, objective: str) -> int:
         """The last layer of its teacher that has to run for an objective; 0: none."""

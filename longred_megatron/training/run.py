@@ -127,9 +127,9 @@ def build_teacher(
     # heads are cut alike, so that a tensor rank holds the same entries of both.
     untied, rows = replace(teacher, tied_embeddings=False), padded_vocab_size(student, parallel.tensor)
     chunks = build_chunks(untied, parallel, recipe.precision.of_teacher(), groups, vocab_rows=rows)
-    needs = phase.taught_by(hf).values()
-    depth = max(n.teacher_depth(teacher.num_layers) for n in needs) if layers else 0
-    keep_head = any(n.teacher_head for n in needs)
+    taught = phase.taught_by(hf)
+    depth = max(map(phase.teacher_depth, taught)) if layers else 0
+    keep_head = any(map(phase.teacher_head, taught))
     for chunk in chunks:
         chunk.truncate(depth, keep_head)
         chunk.eval().requires_grad_(False)
@@ -238,7 +238,7 @@ def _one_step(run: PhaseRun, step: int, microbatches: list[MicroBatch], reduce_l
 
 def _flops(run: PhaseRun) -> float:
     """Of the last step, without what its teachers need not have been asked."""
-    phase, full = run.phase, replace(run.phase, caches_are_full=True)
+    phase, full = run.phase, run.phase.with_full_caches
     found = Counter(run.train_step.teachers.cache.found())
     saved = (n * (microbatch_flops(phase, name) - microbatch_flops(full, name)) for name, n in found.items())
     return step_flops(phase) - sum(saved)
