@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -150,13 +151,16 @@ def _serve(pipe: Connection, tokenizer_path: Path, start: tuple[int, ...]) -> No
     """Answers lists of texts with their tokens, or with the exception that came of it, as long as the parent lives."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     tokenizer: Tokenizer | None = None
-    while True:
-        texts = pipe.recv()
-        try:
-            tokenizer = tokenizer or load_tokenizer(tokenizer_path)
-            pipe.send(_encode(tokenizer, texts, start))
-        except Exception as error:
-            pipe.send(error)
+    with suppress(EOFError, ConnectionError):  # the parent's end is closed: nobody asks, or waits for the answer
+        while True:
+            texts = pipe.recv()
+            result: list[Tokens] | Exception
+            try:
+                tokenizer = tokenizer or load_tokenizer(tokenizer_path)
+                result = _encode(tokenizer, texts, start)
+            except Exception as error:
+                result = error
+            pipe.send(result)
 
 
 def _end_with_parent() -> None:

@@ -68,6 +68,20 @@ def test_no_process_is_left(tmp_path, sentencepiece_model, number):
         assert parent.stderr.read().count("Traceback (most") <= 1
 
 
+@pytest.mark.parametrize("texts", [None, ["some words of a text " * 2000] * 8], ids=["waiting", "answering"])
+def test_a_process_ends_in_silence_when_nobody_is_at_the_other_end(sentencepiece_model, texts):
+    context = multiprocessing.get_context("spawn")
+    own, its = context.Pipe()
+    process = context.Process(target=encoding._serve, args=(its, sentencepiece_model, ()))
+    process.start()
+    its.close()
+    if texts is not None:
+        own.send(texts)
+    own.close()
+    process.join(30)
+    assert process.exitcode == 0
+
+
 def test_documents_are_read_as_they_are_needed(monkeypatch, sentencepiece_model):
     monkeypatch.setattr(encoding, "CHUNK_DOCUMENTS", 1)
     read = 0
