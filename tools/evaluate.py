@@ -27,6 +27,10 @@ EXAMPLES = """examples:
   python tools/evaluate.py --hf models/base runs/a/hf --output report --long-text texts/books \\
       --tasks ruler --questions squad.jsonl --lengths 4096 8192 16384 32768 --prompt-sets 2 --samples 2
 
+  # the same of an instruction-tuned model, in its chat template
+  python tools/evaluate.py --hf models/instruct runs/a/hf --output report --long-text texts/books \\
+      --tasks ruler nonliteral --chat-template
+
   # every checkpoint of a run beside the model it started from
   python tools/evaluate.py --hf models/base --runs runs/a --output report
 
@@ -111,6 +115,11 @@ def _add_tasks(parser: argparse.ArgumentParser, default: "Settings") -> None:
         help='for qa_1 and qa_2: .jsonl, {"question": ..., "answers": [...], "context": ...} a line, or "documents": '
         "[...] for a question that needs several",
     )  # fmt: skip
+    add(
+        "--chat-template", action="store_true",
+        help="ask the tasks of ruler and nonliteral as a chat message, in the first model's template: for "
+        "instruction-tuned models",
+    )  # fmt: skip
     title = "published benchmarks, by lm-evaluation-harness (extra `eval`), offline"
     add = parser.add_argument_group(title).add_argument
     add(
@@ -144,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
         num_samples=options.samples,
         num_keys=options.keys,
         questions=options.questions,
+        chat_template=options.chat_template,
         benchmarks=tuple(options.benchmarks),
         benchmark_tasks=options.benchmark_tasks,
         tokens_per_batch=options.tokens_per_batch,

@@ -163,7 +163,8 @@ def _prepare(
     grid = settings.grid(original, extended)
     corpora = {
         key: build_corpus(encoder, *sources, original, extended, tasks, grid, settings)
-        for key, encoder in {subject.encoder.fingerprint: subject.encoder for subject in subjects}.items()
+        # Of several models with one tokenizer the first gives the chat template.
+        for key, encoder in {subject.encoder.fingerprint: subject.encoder for subject in reversed(subjects)}.items()
     }
     return _Ready(
         subjects, reference_index, original, extended, grid, sources, left_out, benchmarks, with_shared_tasks(corpora),

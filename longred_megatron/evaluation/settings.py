@@ -31,8 +31,8 @@ class Settings:
     extended one. short_texts, long_texts: files and folders; none: the Python standard library's sources.
     text_key: the text's key in .jsonl lines, and its column in .parquet files. tasks: names in `TASKS` or `GROUPS`;
     of each, num_prompt_sets independent sets with num_samples prompts for every length and depth. questions: a file of
-    them, see `read_questions`. benchmarks, benchmark_tasks: see `chosen_benchmarks`. tokens_per_batch: rows of a window
-    are batched up to this many tokens.
+    them, see `read_questions`. chat_template: see `Options`. benchmarks, benchmark_tasks: see `chosen_benchmarks`.
+    tokens_per_batch: rows of a window are batched up to this many tokens.
     """
 
     short_texts: tuple[Path, ...] = ()
@@ -49,6 +49,7 @@ class Settings:
     num_samples: int = 4
     num_keys: int = 4
     questions: Path | None = None
+    chat_template: bool = False
     benchmarks: tuple[str, ...] = ()
     benchmark_tasks: Path | None = None
     tokens_per_batch: int | None = None
@@ -63,7 +64,7 @@ class Settings:
 
     def options(self) -> Options:
         """What single tasks ask for."""
-        return Options(num_keys=self.num_keys, questions=self.questions)
+        return Options(num_keys=self.num_keys, questions=self.questions, chat_template=self.chat_template)
 
     def problems(self) -> list[str]:
         """One sentence for every setting out of its range."""

@@ -61,6 +61,25 @@ class TextEncoder:
     separator: tuple[int, ...]
     fingerprint: str
 
+    def chat(self, message: str, reply: str) -> list[int]:
+        """A user's message in the tokenizer's chat template, up to where its reply begins with `reply`.
+
+        Start and other special tokens are those that the template writes. Raises `UserError` where there is no
+        template, or it fails.
+        """
+        flag, folder = "--chat-template", self.tokenizer.name_or_path
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"{flag}: {folder} has none; leave the flag out, or name an instruction-tuned model first")
+        dialogue = [{"role": "user", "content": message}]
+        try:
+            text = self.tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # whatever the template's own code raises
+            raise UserError(
+                f"{flag}: that of {folder} takes no single user message ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:400]}); leave the flag out"
+            ) from error
+        return self.encode(f"{text}{reply}")
+
 
 @dataclass(frozen=True)
 class Windows:

@@ -13,6 +13,7 @@ from longred_megatron.evaluation.tasks.grid import Grid
 from longred_megatron.evaluation.tasks.multi_key import MultiKey
 from longred_megatron.evaluation.tasks.passkey import Passkey
 from longred_megatron.evaluation.tasks.ruler import RULER_TASKS
+from longred_megatron.evaluation.tasks.written import WrittenTask
 from longred_megatron.evaluation.texts import TextEncoder
 
 _ALL: tuple[type[Task], ...] = (Passkey, MultiKey, Nonliteral, NonliteralControl, *RULER_TASKS)
@@ -42,6 +43,10 @@ def chosen_tasks(names: Sequence[str], options: Options) -> tuple[list[Task], li
             else:
                 tasks.append(task(options))
     problems += dict.fromkeys(problem for task in tasks for problem in task.problems())
+    if options.chat_template and not any(isinstance(task, WrittenTask) for task in tasks):
+        problems.append(
+            f"--chat-template: none of --tasks {' '.join(names)} is written as a message; add ruler or nonliteral"
+        )
     if problems:
         raise UserError(*problems)
     return tasks, notes

@@ -18,10 +18,12 @@ from longred_megatron.evaluation.texts import TextEncoder
 
 @dataclass(frozen=True)
 class Options:
-    """What the user says of single tasks. num_keys: in a multi-key prompt; questions: a file of them."""
+    """What the user says of single tasks. num_keys: in a multi-key prompt; questions: a file of them; chat_template:
+    whether a prompt that is written as text is a message in the tokenizer's template."""
 
     num_keys: int = 4
     questions: Path | None = None
+    chat_template: bool = False
 
 
 class NoRoomError(UserError):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from longred_megatron.evaluation.tasks.base import Generation, Place, Prompt
+from longred_megatron.evaluation.texts import TextEncoder
 
 FIRST_STEP_UNITS = 16
 
@@ -34,14 +35,22 @@ class WrittenTask(Generation):
         """Writes the prompt at `place` with a number of units, always from the same draws. More units make a longer
         text, as a rule."""
 
+    def facts(self) -> dict[str, int | str]:
+        return {"template": "chat" if self.options.chat_template else "none"}
+
     def prompt(self, place: Place) -> Prompt | None:
         write = self.writer(place)
-        budget = place.length - self.num_new_tokens - len(place.encoder.start)
-        num_units = most_units(lambda number: len(place.encoder.encode(write(number).text)), self.least_units, budget)
+        budget = place.length - self.num_new_tokens
+        num_units = most_units(lambda number: len(self._tokens(write(number), place.encoder)), self.least_units, budget)
         if num_units is None:
             return None
         written = write(num_units)
-        return place.prompt([*place.encoder.start, *place.encoder.encode(written.text)], written.expected)
+        return place.prompt(self._tokens(written, place.encoder), written.expected)
+
+    def _tokens(self, written: Written, encoder: TextEncoder) -> list[int]:
+        if self.options.chat_template:
+            return encoder.chat(written.instruction, written.answer_prefix)
+        return [*encoder.start, *encoder.encode(written.text)]
 
 
 def most_units(num_tokens: Callable[[int], int], least: int, budget: int) -> int | None:

@@ -1,9 +1,26 @@
+"""Tasks written as text: how long their prompts get, and the chat template around them."""
+
+import re
 from itertools import accumulate
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longred_megatron.errors import UserError
+from longred_megatron.evaluation.haystacks import Haystacks
+from longred_megatron.evaluation.tasks import chosen_tasks
+from longred_megatron.evaluation.tasks.base import Options
+from longred_megatron.evaluation.tasks.grid import Grid
 from longred_megatron.evaluation.tasks.written import most_units
+from longred_megatron.evaluation.texts import encoder_of
+from tests.evaluation.conftest import byte_tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
+    "{% endif %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 @settings(deadline=None)  # of other work on the machine
@@ -31,3 +48,38 @@ def test_few_texts_are_written_for_a_long_prompt() -> None:
 
     assert most_units(num_tokens, 1, 131_072) == 4852
     assert len(asked) < 12
+
+
+def test_a_chat_template_stands_around_the_question_and_before_the_answer_prefix() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.chat_template = TEMPLATE
+    encoder = encoder_of(tokenizer)
+    haystacks = Haystacks(encoder.encode("The boat was late. Nobody had seen it! " * 400), encoder)
+    grid = Grid((8_000,), (0.5,), 1, 1, 5)
+    plain, _ = chosen_tasks(["ruler", "nonliteral"], Options())
+    chat, _ = chosen_tasks(["ruler", "nonliteral"], Options(chat_template=True))
+    assert len(chat) == 12 and {task.facts()["template"] for task in chat} == {"chat"}
+    for without, with_template in zip(plain, chat, strict=True):
+        [bare], [asked] = (task.prompts(encoder, haystacks, grid) for task in (without, with_template))
+        chat_text = encoder.decode(list(asked.tokens))
+        [(message, reply)] = re.findall(r"<bos>\[user\] (.*)<eos>\[assistant\]( .*)", chat_text, re.DOTALL)
+        assert list(asked.tokens[: -len(reply)]) == tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=False
+        )  # the special tokens are tokens
+        bare_text = encoder.decode(list(bare.tokens[1:]))
+        assert bare_text.endswith(reply) and asked.expected == bare.expected
+        question = bare_text.removesuffix(reply).rpartition("\n")[2]
+        assert message[:40] == bare_text[:40] and message.endswith(question)
+        assert with_template.num_row_tokens(asked) <= 8_000
+        assert len(asked.tokens) > 7_000  # filled
+
+
+def test_what_a_chat_template_lacks_is_one_message() -> None:
+    with pytest.raises(UserError, match="--chat-template: none of --tasks passkey is written as a message"):
+        chosen_tasks(["passkey"], Options(chat_template=True))
+    encoder = encoder_of(byte_tokenizer())
+    with pytest.raises(UserError, match="has none; leave the flag out"):
+        encoder.chat("Who?", " It was")
+    encoder.tokenizer.chat_template = "{{ raise_exception('a system message\nmust come first') }}"
+    with pytest.raises(UserError, match="a system message must come first"):
+        encoder.chat("Who?", " It was")
