@@ -128,6 +128,15 @@ class Precision(Settings):
         other recipes make it again (Megatron's `save_original_input`)."""
         return int(self.scaling == "delayed")
 
+    @property
+    def kept_attention_bytes(self) -> tuple[float, float]:
+        """Kept of a number that attention takes, and of one that it gives. In FP8: of queries, keys and values the FP8
+        number, with mxfp8 one more and the scales for the other direction; of the output with delayed scaling alone."""
+        if not self.fp8_attention:
+            return self.number_bytes, self.number_bytes
+        taken = 2 * (1 + 1 / 32) if self.scaling == "mxfp8" else 1
+        return taken, 1 if self.scaling == "delayed" else self.number_bytes
+
     def of_teacher(self) -> "Precision":
         """Of the frozen models."""
         return self if self.teacher_fp8 else self.without_fp8()

@@ -219,7 +219,9 @@ class StageMemory:
 
     def layer_operations(self, model: Architecture, tokens: Tokens, precision: Precision) -> list[Operation]:
         """Of one layer, in order."""
-        numbers = Numbers(self.size, precision.kept_input_bytes, precision.kept_copy_bytes)
+        numbers = Numbers(
+            self.size, precision.kept_input_bytes, precision.kept_copy_bytes, *precision.kept_attention_bytes
+        )
         return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, numbers)
 
     def tokens(self, objective: Objective, site: Site) -> Tokens:
@@ -227,7 +229,7 @@ class StageMemory:
         p = self.parallel
         all_tokens = site.rank_tokens
         own = all_tokens / (p.tensor if p.sequence else 1)
-        if p.context == 1 or objective.whole_sequences:
+        if not self._is_cut(objective):
             return Tokens(all_tokens, own, all_tokens)
         # Two pieces of each sequence a rank, of which one sees the beginning and one nearly all: (2 c + 1) / 2 c of it.
         share = objective.sequence_length / (2 * p.context)
@@ -302,11 +304,15 @@ class StageMemory:
         return Cost(kept, kept + gathered + recipe.objectives[name].working_bytes(site), kept + handed)
 
     def _inputs(self, order: Sequence[str]) -> float:
-        """The step's micro-batches: tokens, labels and one or two rows of positions, int64."""
-        if not self.how.inputs_moved:
-            return 0.0
+        """The step's micro-batches, where they are copied to a device or cut for a context rank: tokens, labels and one
+        or two rows of positions, int64."""
         rows = {name: 4 if needs.teacher else 3 for name, needs in self.phase.needs.items()}
-        return sum(8 * rows[name] * self.phase.sites[name].rank_tokens for name in order)
+        copied = (name for name in order if self.how.inputs_moved or self._is_cut(self.phase.recipe.objectives[name]))
+        return sum(8 * rows[name] * self.phase.sites[name].rank_tokens for name in copied)
+
+    def _is_cut(self, objective: Objective) -> bool:
+        """Whether context ranks share its sequences."""
+        return self.parallel.context > 1 and not objective.whole_sequences
 
     def _state(self, model: Architecture) -> float:
         """Hidden states of a micro-batch, as one stage sends them to the next."""

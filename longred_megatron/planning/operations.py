@@ -48,17 +48,20 @@ def cost(operations: Sequence[Operation], held: float = 0.0) -> Cost:
 
 
 def recomputed(operations: Sequence[Operation], state: float, recompute: str) -> Cost:
-    """One layer. state: bytes of its input, which the first norm keeps."""
+    """One layer. state: bytes of its input, which the first norm keeps, and of an output.
+
+    What was computed again is handed to the backward pass, which has its output until it is through.
+    """
     whole = cost(operations, held=state)
     if recompute == "full":
-        return Cost(state, state + without_graph(operations), whole.backward)
+        return Cost(state, state + without_graph(operations), whole.backward + state)
     if recompute == "selective":
         kept = sum(op.kept for op in operations if op.part != "mlp")
         mlp = [op for op in operations if op.part == "mlp"]
         return Cost(
             kept,
             kept + without_graph(mlp),
-            max(kept + cost(mlp, held=state).backward, whole.backward - sum(op.kept for op in mlp)),
+            max(kept + cost(mlp, held=state).backward + state, whole.backward - sum(op.kept for op in mlp)),
         )
     return whole
 
@@ -114,11 +117,13 @@ class Widths:
 
 class Numbers(NamedTuple):
     """Bytes of a number of one tensor. input: as a matrix product keeps what enters it. copy: of a second one that it
-    keeps of attention's output."""
+    keeps of attention's output. taken, given: as attention keeps queries, keys and values, and its output."""
 
     size: int
     input: float
     copy: float
+    taken: float
+    given: float
 
 
 LayerOperations = Callable[[Widths, Tokens, Numbers], list[Operation]]
@@ -200,7 +205,7 @@ def fused_layer(w: Widths, t: Tokens, numbers: Numbers) -> list[Operation]:
     Attention keeps queries, keys, values, its output, and an fp32 number for each head; it sees no mask. The gate's
     fused activation keeps what it takes. Products add weight gradients to the sum of all micro-batches themselves
     (apex). What is kept is byte for byte what Transformer Engine 2.20's Python saves (`tests/gpu_path/test_kept.py`);
-    on a GPU nothing was measured. With FP8 attention it is less.
+    on a GPU nothing was measured.
     """
     size = numbers.size
     qkv = w.query + 2 * w.kv
@@ -210,7 +215,7 @@ def fused_layer(w: Widths, t: Tokens, numbers: Numbers) -> list[Operation]:
     norm = fused_norm(w.hidden, t.own, size, numbers.input)
     # Their output, too: Transformer Engine's Python keeps none, but Megatron's run with such norms on H100 held it.
     heads = [] if not w.qk_norm else [fused_norm(w.query + w.kv, t.all, size)._replace(part="attention")]
-    attention = t.all * (size * (qkv + w.query) + 4 * w.heads)
+    attention = t.all * (numbers.taken * qkv + numbers.given * w.query + 4 * w.heads)
     copy = t.all * numbers.copy * w.query
     return [
         norm,

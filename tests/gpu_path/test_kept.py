@@ -20,21 +20,33 @@ from tests.training.workspace import build_run, make_workspace
 
 pytestmark = install.needs_plain_kernels
 WIDE = SIZES | {"hidden_size": 256, "intermediate_size": 384, "head_dim": 32}
+HEADS_OF_128 = {"head_dim": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEXT = {"long_text": {"microbatches": 4, "sequence_length": 256, "data": "texts"}}
 PARTS = ("_data", "_transpose", "_scale_inv", "_rowwise_data", "_columnwise_data", "_rowwise_scale_inv",
          "_columnwise_scale_inv")  # fmt: skip
 
 
-@pytest.mark.parametrize("fp8_recipe", [None, "tensorwise", "blockwise", "delayed"])
+@pytest.mark.parametrize(
+    "fp8",
+    [
+        {},
+        {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+        {"fp8": "hybrid", "fp8_recipe": "blockwise"},
+        {"fp8": "hybrid", "fp8_recipe": "delayed"},
+        {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_attention": True},
+    ],
+    ids=["bf16", "tensorwise", "blockwise", "delayed", "attention"],
+)
 def test_a_layer_keeps_what_the_planner_says(
-    fp8_recipe: str | None, tmp_path: Path, groups: ProcessGroupCollection
+    fp8: dict[str, Any], tmp_path: Path, groups: ProcessGroupCollection
 ) -> None:
-    precision = {"params": "bf16"} | ({"fp8": "hybrid", "fp8_recipe": fp8_recipe} if fp8_recipe else {})
     kept = []
     for layers in (2, 4):
-        sizes = WIDE | {"num_hidden_layers": layers}
+        sizes = WIDE | {"num_hidden_layers": layers} | (HEADS_OF_128 if "fp8_attention" in fp8 else {})
         folder = tmp_path / str(layers)
-        run = build_run(make_workspace(folder, "llama_3", sizes, objectives=TEXT, precision=precision), groups)
+        run = build_run(
+            make_workspace(folder, "llama_3", sizes, objectives=TEXT, precision={"params": "bf16"} | fp8), groups
+        )
         run.train_step(run.data.step(1, 0, 1))  # from now on the weights' FP8 numbers are there
         kept.append(saved_bytes(run))
     stage = StageMemory(run.phase, 1, 0, FUSED)

@@ -13,7 +13,7 @@ from tests.training.workspace import make_workspace
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
 MICROBATCHES = 6
-OPERATIONS = len(FUSED.layer(Widths(1, 1, 1, 1, 1, 1, False), Tokens(1, 1, 1), Numbers(2, 2, 0)))
+OPERATIONS = len(FUSED.layer(Widths(1, 1, 1, 1, 1, 1, False), Tokens(1, 1, 1), Numbers(2, 2, 0, 2, 2)))
 
 
 @pytest.fixture(scope="module")
