@@ -219,10 +219,8 @@ class StageMemory:
 
     def layer_operations(self, model: Architecture, tokens: Tokens, precision: Precision) -> list[Operation]:
         """Of one layer, in order."""
-        numbers = Numbers(
-            self.size, precision.kept_input_bytes, precision.kept_copy_bytes, *precision.kept_attention_bytes
-        )
-        return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, numbers)
+        kept = precision.kept_input_bytes, precision.kept_copy_bytes, *precision.kept_attention_bytes
+        return self.how.layer(Widths.of(model, self.parallel.tensor), tokens, Numbers(self.size, *kept))
 
     def tokens(self, objective: Objective, site: Site) -> Tokens:
         """Of a micro-batch of the objective."""
