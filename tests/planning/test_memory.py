@@ -56,6 +56,11 @@ def test_every_part_is_within_four_percent(compared: list[Compared]) -> None:
         assert all(abs(errors.get(part, 0.0)) < 0.005 for part in RESIDENT), (each.case, errors)
 
 
+def test_one_recomputed_layer_and_cut_inputs_are_exact(compared: list[Compared]) -> None:
+    [found] = [each for each in compared if "parallel.context=2 training.recompute=full" in each.case]
+    assert all(abs(error) < 0.005 for error in found.errors().values()), found.errors()
+
+
 def test_more_stages_than_one_were_looked_at(compared: list[Compared]) -> None:
     assert {each.stage for each in compared} == {0, 1}
 

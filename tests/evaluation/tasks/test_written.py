@@ -1,14 +1,18 @@
 """Tasks written as text: how long their prompts get, and the chat template around them."""
 
 import re
+import shutil
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.evaluate import write_prompt_file
 from longred_megatron.evaluation.haystacks import Haystacks
+from longred_megatron.evaluation.settings import Settings
 from longred_megatron.evaluation.tasks import chosen_tasks
 from longred_megatron.evaluation.tasks.base import Options
 from longred_megatron.evaluation.tasks.grid import Grid
@@ -17,8 +21,7 @@ from longred_megatron.evaluation.texts import encoder_of
 from tests.evaluation.conftest import byte_tokenizer
 
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'tool' %}{{ raise_exception('no tools') }}"
-    "{% endif %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
@@ -72,6 +75,17 @@ def test_a_chat_template_stands_around_the_question_and_before_the_answer_prefix
         assert message[:40] == bare_text[:40] and message.endswith(question)
         assert with_template.num_row_tokens(asked) <= 8_000
         assert len(asked.tokens) > 7_000  # filled
+
+
+def test_the_first_of_models_with_one_tokenizer_gives_the_template(
+    folders: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    instructed = shutil.copytree(folders["base"], tmp_path / "instructed")
+    (instructed / "chat_template.jinja").write_text(TEMPLATE)
+    settings = Settings((text_file,), (text_file,), tasks=("nonliteral",), lengths=(512,), chat_template=True)
+    assert write_prompt_file([instructed, folders["longer"]], tmp_path / "prompts.jsonl", settings=settings)
+    with pytest.raises(UserError, match="longer has none"):
+        write_prompt_file([folders["longer"], instructed], tmp_path / "others.jsonl", settings=settings)
 
 
 def test_what_a_chat_template_lacks_is_one_message() -> None:
