@@ -6,7 +6,8 @@
 Random weights, then the recipes tiny_base_1.yaml ... in order, each starting from the export of the one before: a
 small model learns to copy only if it begins with dense repetition at a short length. Everything goes to
 build/tiny_base; the last export's weights replace those in tests/assets/tiny_base, whose config and tokenizer are
-the input. `--hidden-size 256` makes a model of another width in build/tiny_base_256 and leaves the assets as they are.
+the input. `--hidden-size 256` or `--seed 7` makes a model of another width, or from other random weights, in a folder
+of its own (build/tiny_base_256, build/tiny_base_seed_7) and leaves the assets as they are.
 """
 
 import argparse
@@ -76,12 +77,17 @@ def write_start(asset: Path, output: Path, seed: int, hidden_size: int | None) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden-size", type=int, metavar="N", help="another width, a multiple of 64; not the assets'")
-    hidden_size = parser.parse_args().hidden_size
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N", help="of the weights and the order of the texts")
+    arguments = parser.parse_args()
+    hidden_size, seed = arguments.hidden_size, arguments.seed
     if hidden_size is not None and (hidden_size < 64 or hidden_size % 64):
         raise UserError(f"--hidden-size {hidden_size}: must be a multiple of 64, as 256")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be from 0 to 4294967295")
     from longred_megatron.data.prepare import prepare
 
-    build = BUILD if hidden_size is None else BUILD.with_name(f"{BUILD.name}_{hidden_size}")
+    variant = (f"_{hidden_size}" if hidden_size is not None else "") + (f"_seed_{seed}" if seed != SEED else "")
+    build = BUILD.with_name(f"{BUILD.name}{variant}")
     texts = {name: BUILD / "texts" / f"{name}.jsonl" for name in SETS}
     write_sets(BUILD / "texts", [name for name, path in texts.items() if not path.exists()], SEED)
     (BUILD / "data").mkdir(exist_ok=True)
@@ -96,13 +102,13 @@ def main() -> None:
             print(f"{name}: {write_windows(path, prefix, num_tokens):,} x {num_tokens} tokens", flush=True)
     hf = build / "start"
     if not hf.exists():
-        write_start(BASE, hf, SEED, hidden_size)
+        write_start(BASE, hf, seed, hidden_size)
     for number, recipe in enumerate(sorted((ROOT / "recipes").glob("tiny_base_*.yaml")), start=1):
         print(f"\n{recipe.name}", flush=True)
         run = build / f"stage_{number}"
-        train(recipe, f"model.hf={hf}", f"run.dir={run}")  # what has been done is not done again
+        train(recipe, f"model.hf={hf}", f"run.dir={run}", f"training.seed={seed}")  # what has been done is not done again
         hf = run / "hf"
-    if hidden_size is None:
+    if not variant:
         hf = Path(shutil.copy(hf / "model.safetensors", BASE / "model.safetensors"))
     print(f"{hf}: written")
 
