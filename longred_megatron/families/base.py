@@ -82,7 +82,7 @@ class Architecture:
 
     def layer_rules(self, index: int = 0) -> list[Rule]:
         """The parameters of layer `index`, counted from 0 as in Hugging Face's names. All layers have the same."""
-        return self._family.layer_rules(self, index)
+        return list(self._first_layer) if index == 0 else self._family.layer_rules(self, index)
 
     def outer_rules(self, local_rows: int = 0) -> list[Rule]:
         """The parameters outside the layers. A tied head (a copy on the last stage) reads the embedding.
@@ -134,6 +134,10 @@ class Architecture:
         return LayerActivations(2 * num_norms * self.hidden_size, sum(width for _, width in parts), mlp)
 
     @cached_property  # a search for layouts asks a thousand times
+    def _first_layer(self) -> list[Rule]:
+        return self._family.layer_rules(self, 0)
+
+    @cached_property
     def _matrices(self) -> list[tuple[Rule, tuple[int, ...]]]:
         """The (output, input) matrices of one layer."""
         shapes = [(rule, shape) for rule in self.layer_rules() for shape in rule.huggingface.values()]

@@ -9,6 +9,7 @@ from longred_megatron.errors import UserError
 from longred_megatron.files import appearing_folder, try_output, write_text
 from longred_megatron.page import PAGE
 from longred_megatron.planning import search
+from longred_megatron.planning.candidate import Candidate
 from longred_megatron.planning.changes import best_changes
 from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.page import page
@@ -55,13 +56,13 @@ def search_layouts(
     if not found.fitting:
         raise UserError(shown)
     first = found.fitting[0]
-    rehearsals = [_rehearsal(recipe, overrides, each) for each in found.fitting[: search.MOST_SHOWN]]
+    rehearsals = [_rehearsal(recipe, overrides, each) for each in search.shown(found)]
     if output is not None:
         _write(output, first.plans, found=found, rehearsals=rehearsals)
     return f"{shown}\n\nrehearse the first on a CPU:\n{rehearsals[0]}\n\n{report(first.plans)}"
 
 
-def _rehearsal(recipe: Path, overrides: Sequence[str], found: search.Found) -> str:
+def _rehearsal(recipe: Path, overrides: Sequence[str], found: Candidate) -> str:
     """The command that runs a layout on a CPU, with tiny widths."""
     changed = search.overrides_of(found)
     keys = {each.split("=")[0] for each in changed}

@@ -82,7 +82,7 @@ class StageMemory:
         self.chunks = stage_chunks(phase.source, p, stage)
         self.cost = cache(self._chunk_cost)
         self.memory = cache(self._memory)
-        self.targets = cache(self._targets)
+        self.targets, self.head_target = cache(self._targets), cache(self._head_target)
         self.teacher_working = cache(self._teacher_working)
 
     @cached_property
@@ -142,6 +142,7 @@ class StageMemory:
         waiting = sum(targets.values())
         best = self._teacher_peak(order, waiting) if pipelined else Peak("before the student's passes", {})
         kept: dict[tuple[int, int], float] = {}
+        in_flight = 0.0  # their sum
         left = self.left_inputs
         newest = dict.fromkeys(left, -1)  # by chunk: its last micro-batch; -1: of the step before
         schedule = stage_passes(self.stage, self.parallel.pipeline, len(self.chunks), len(order))
@@ -152,26 +153,28 @@ class StageMemory:
                 asked = {"targets": targets[number], "activations": self.teacher_working(name)}
                 best = max(best, Peak(f"the teacher's pass of {name}", asked), key=lambda peak: peak.total)
             own = self.cost(chunk, name)
-            others = sum(kept.values()) - kept.get((chunk, number), 0.0)
-            if not backward:
+            if backward:
+                in_flight -= kept[chunk, number]
+            else:
                 newest[chunk] = number
             through = sum(size for at, size in left.items() if (at, newest[at]) not in kept and at != chunk)
-            now = others + (own.backward if backward else own.forward) + through
+            now = in_flight + (own.backward if backward else own.forward) + through
             # A loss's backward pass is the first, and then its targets are free.
             held = waiting - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
-            peak = Peak(
-                f"{'backward' if backward else 'forward'} pass of {name}, {len(kept) + (not backward)} in flight",
-                {"targets": held, "activations": now},
-            )
-            best = max(best, peak, key=lambda each: each.total)
+            if held + now > best.total:
+                moment = (
+                    f"{'backward' if backward else 'forward'} pass of {name}, {len(kept) + (not backward)} in flight"
+                )
+                best = Peak(moment, {"targets": held, "activations": now})
             if backward:
                 del kept[chunk, number]
                 if chunk == 0:
                     waiting -= targets.pop(number, 0.0)
             else:
                 kept[chunk, number] = own.kept
+                in_flight += own.kept
                 if chunk == len(self.chunks) - 1 and number in targets:
-                    done = self._head_target(name)
+                    done = self.head_target(name)
                     targets[number], waiting = targets[number] - done, waiting - done
         return Peak(best.moment, resident | best.parts | {"inputs": self._inputs(order), "buffers": self._buffers()})
 

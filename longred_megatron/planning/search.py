@@ -2,68 +2,58 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from longred_megatron.layout import Parallel
+from longred_megatron.planning.balance import balanced, least_hours, may_fit
+from longred_megatron.planning.candidate import Candidate
 from longred_megatron.planning.gpus import Gpu
-from longred_megatron.planning.plan import GIB, PhasePlan, layout, plan_stages, stage_memories
+from longred_megatron.planning.plan import GIB, layout
 from longred_megatron.recipe import Phase, check_phases, recipe_yaml
 
 TENSOR, PIPELINE, CONTEXT = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32, 64)
 CHUNKS = (None, 2, 4)
 RECOMPUTE = ("none", "selective", "full")
-MOST_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class Found:
-    """A layout that fits: the plan of each phase."""
-
-    plans: Sequence[PhasePlan]
-
-    @property
-    def hours(self) -> float:
-        return sum(plan.hours for plan in self.plans)
-
-    @property
-    def needed_bytes(self) -> float:
-        return max(plan.needed_bytes for plan in self.plans)
+FP8 = "hybrid"
+FASTER_IN_FP8 = ("matrix products", "recomputation", "pipeline bubble and messages", "starting operations")
+MOST_SHOWN, MOST_FP8_SHOWN = 10, 3
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """fitting: the fastest first. refused: layouts by the first problem that the recipe's checks found. too_large:
-    layouts that need more memory than there is; least_bytes: what the smallest of them needs."""
+    """fitting: the fastest first, with the recipe's number formats. with_fp8: the fastest with FP8 products, where the
+    recipe has none and the GPU can. refused: layouts by the first problem that the recipe's checks found. too_large:
+    those that need more memory than there is; least_bytes: what the smallest of them needs."""
 
     world_size: int
-    fitting: Sequence[Found]
+    fitting: Sequence[Candidate]
+    with_fp8: Sequence[Candidate]
     refused: Counter[str]
     too_large: int
     least_bytes: float
 
 
 def search(phases: Sequence[Phase], world_size: int, gpu: Gpu) -> Outcome:
-    """Tries tensor, pipeline, virtual pipeline, context and data axes, and recomputation. Number formats, objectives
-    and the micro-batch stay the recipe's; objectives hold whole sequences on a context rank where these share out."""
-    fitting: list[Found] = []
-    refused: Counter[str] = Counter()
-    too_large, least = 0, float("inf")
-    for parallel in layouts(phases[0], world_size, gpu):
-        tried = [with_layout(phase, parallel, "full") for phase in phases]
-        if problems := check_phases(tried, world_size, gpu=True):
-            refused[problems[0]] += 1
-            continue
-        for recompute in RECOMPUTE:
-            stages = [stage_memories(with_layout(phase, parallel, recompute), world_size) for phase in phases]
-            needed = max(s.memory().peak.total for own in stages for s in own) + gpu.reserved_bytes
-            if needed > gpu.memory_bytes:
-                too_large, least = too_large + 1, min(least, needed)
-            else:
-                fitting.append(Found([plan_stages(own, world_size, gpu) for own in stages]))
-    return Outcome(world_size, sorted(fitting, key=lambda each: each.hours), refused, too_large, least)
+    """Tries tensor, pipeline, virtual pipeline, context and data axes and recomputation; of the fastest, the layers of
+    each chunk, and FP8. Objectives and the micro-batch stay the recipe's; objectives hold whole sequences on a context
+    rank where these share out."""
+    grid, refused = _grid(phases, world_size, gpu)
+    shrunk = [balanced(each) if not each.fits and may_fit(each) else each for each in grid]
+    fitting = [each for each in shrunk if each.fits]
+    faster = dict(_improved(fitting, MOST_SHOWN, least_hours, balanced))
+    fitting = sorted((faster.get(each, each) for each in fitting), key=lambda each: each.hours)
+    too_large = [each for each in shrunk if not each.fits]
+    return Outcome(
+        world_size,
+        fitting,
+        _with_fp8(fitting, too_large),
+        refused,
+        len(too_large),
+        min((each.needed_bytes for each in too_large), default=float("inf")),
+    )
 
 
 def fewest_gpus(phases: Sequence[Phase], gpu: Gpu, most: int) -> Outcome:
@@ -74,6 +64,72 @@ def fewest_gpus(phases: Sequence[Phase], gpu: Gpu, most: int) -> Outcome:
         if outcome.fitting or 2 * size > most:
             return outcome
         size *= 2
+
+
+def _grid(phases: Sequence[Phase], world_size: int, gpu: Gpu) -> tuple[list[Candidate], Counter[str]]:
+    """All layouts with equal chunks, and how many each problem refuses."""
+    found: list[Candidate] = []
+    refused: Counter[str] = Counter()
+    for parallel in layouts(phases[0], world_size, gpu):
+        tried = [Candidate([_with_layout(p, parallel, how) for p in phases], world_size, gpu) for how in RECOMPUTE]
+        if problems := check_phases(tried[-1].phases, world_size, gpu=True):
+            refused[problems[0]] += 1
+        else:
+            found += tried
+    return found, refused
+
+
+def _improved(
+    candidates: Sequence[Candidate],
+    number: int,
+    least: Callable[[Candidate], float],
+    improve: Callable[[Candidate], Candidate | None],
+) -> Iterator[tuple[Candidate, Candidate]]:
+    """Each candidate with what `improve` makes of it, as far as one may be among the `number` fastest of these.
+
+    least: hours that it cannot be faster than.
+    """
+    hours: list[float] = []
+    for bound, _, each in sorted((least(each), at, each) for at, each in enumerate(candidates)):
+        if len(hours) >= number and bound >= sorted(hours)[number - 1]:
+            return
+        if (better := improve(each)) is not None:
+            hours.append(better.hours)
+            yield each, better
+
+
+def _with_fp8(fitting: Sequence[Candidate], too_large: Sequence[Candidate]) -> list[Candidate]:
+    """The fastest with FP8 products, which may also fit where bf16 does not; none where the recipe has them, or the GPU
+    has not."""
+    if not (fitting or too_large):
+        return []
+    some, *_ = (*fitting, *too_large)
+    if some.gpu.fp8_flops is None or any(phase.recipe.precision.fp8 for phase in some.phases):
+        return []
+    found = [each for _, each in _improved(fitting, MOST_FP8_SHOWN, _least_hours_in_fp8, _in_fp8)]
+    found += [each for each in map(_in_fp8, too_large) if each is not None]
+    return sorted(found, key=lambda each: each.hours)[:MOST_FP8_SHOWN]
+
+
+def _in_fp8(candidate: Candidate) -> Candidate | None:
+    changed = candidate.changed(precision={"fp8": FP8})
+    if check_phases(changed.phases, changed.world_size, gpu=True) or not may_fit(changed):
+        return None
+    changed = balanced(changed)
+    return changed if changed.fits else None
+
+
+def _least_hours_in_fp8(candidate: Candidate) -> float:
+    """As if all that depends on matrix products became as much faster as these."""
+    gpu = candidate.gpu
+    assert gpu.fp8_flops is not None
+    kept = sum(
+        seconds * plan.phase.recipe.training.steps / 3600
+        for plan in candidate.plans
+        for part, seconds in plan.seconds_by_part.items()
+        if part not in FASTER_IN_FP8
+    )
+    return kept + (candidate.hours - kept) * gpu.bf16_flops / gpu.fp8_flops
 
 
 def layouts(phase: Phase, world_size: int, gpu: Gpu) -> Iterator[Parallel]:
@@ -96,7 +152,7 @@ def layouts(phase: Phase, world_size: int, gpu: Gpu) -> Iterator[Parallel]:
         ).for_depth(depth)
 
 
-def with_layout(phase: Phase, parallel: Parallel, recompute: str) -> Phase:
+def _with_layout(phase: Phase, parallel: Parallel, recompute: str) -> Phase:
     """The phase in another layout."""
     recipe = phase.recipe
     objectives = {}
@@ -109,29 +165,31 @@ def with_layout(phase: Phase, parallel: Parallel, recompute: str) -> Phase:
     return replace(phase, recipe=recipe.model_copy(update=changed))
 
 
-def settings_of(found: Found) -> dict[str, Any]:
+def settings_of(found: Candidate) -> dict[str, Any]:
     """The recipe's values in this layout: all axes, so that they replace those of any recipe."""
-    recipe = found.plans[0].phase.recipe
+    recipe = found.phases[0].recipe
     axes = {"tensor", "pipeline", "virtual_pipeline", "layers_per_chunk", "context", "sequence"}
+    fp8 = {"precision": {"fp8": recipe.precision.fp8}} if recipe.precision.fp8 else {}
     return {
         "parallel": recipe.parallel.model_dump(mode="json", include=axes),
         "training": {"recompute": recipe.training.recompute},
+        **fp8,
         "objectives": {n: {"whole_sequences": o.whole_sequences} for n, o in recipe.objectives.items()},
     }
 
 
-def overrides_of(found: Found) -> list[str]:
+def overrides_of(found: Candidate) -> list[str]:
     """The same as KEY=VALUE of a command line."""
     settings = settings_of(found)
-    values = {
-        f"{section}.{key}": value for section in ("parallel", "training") for key, value in settings[section].items()
-    }
-    whole = {
-        f"objectives.{name}.whole_sequences": each["whole_sequences"] for name, each in settings["objectives"].items()
-    }
-    return [
-        f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in (values | whole).items()
-    ]
+    objectives = settings.pop("objectives")
+    values = {f"{section}.{key}": value for section, own in settings.items() for key, value in own.items()}
+    values |= {f"objectives.{name}.{key}": value for name, own in objectives.items() for key, value in own.items()}
+    return [f"{key}={json.dumps(value) if not isinstance(value, str) else value}" for key, value in values.items()]
+
+
+def shown(outcome: Outcome) -> list[Candidate]:
+    """Those that the report has a line for, in its order."""
+    return [*outcome.fitting[:MOST_SHOWN], *outcome.with_fp8]
 
 
 def report(outcome: Outcome, gpu: Gpu) -> str:
@@ -140,20 +198,30 @@ def report(outcome: Outcome, gpu: Gpu) -> str:
     lines = []
     if outcome.fitting:
         lines += [f"{len(outcome.fitting)} layouts fit on {outcome.world_size} GPUs; the fastest:", _row(_HEADER)]
-        for found in outcome.fitting[:MOST_SHOWN]:
-            shape, plan = layout(found.plans[0]), found.plans[0]
-            axes = [shape[key] or 1 for key in ("tensor", "pipeline", "virtual_pipeline", "context", "data")]
-            numbers = [f"{found.hours:.2f}", f"{found.needed_bytes / GIB:.1f}", f"{plan.model_flops_utilization:.0%}"]
-            lines.append(_row([*axes, shape["recompute"], *numbers]))
+        lines += map(_line, outcome.fitting[:MOST_SHOWN])
         lines += ["settings of the first:", recipe_yaml.dump(settings_of(outcome.fitting[0])).rstrip()]
     else:
         lines.append(f"no layout fits on {outcome.world_size} GPUs")
+    if outcome.with_fp8:
+        lines += [
+            f"with precision.fp8={FP8}, which changes what is computed (docs/gpu.md); the fastest:",
+            _row(_HEADER),
+        ]
+        lines += map(_line, outcome.with_fp8)
     if outcome.too_large:
         least = outcome.least_bytes / GIB
         lines.append(f"{outcome.too_large} layouts need more than {room:.1f} GiB a rank; the smallest {least:.1f} GiB")
     for problem, count in outcome.refused.most_common(3):
         lines.append(f"{count} not possible, such as: {problem}")
     return "\n".join(lines)
+
+
+def _line(found: Candidate) -> str:
+    shape, plan = layout(found.plans[0]), found.plans[0]
+    axes = [shape[key] or 1 for key in ("tensor", "pipeline", "virtual_pipeline", "context", "data")]
+    numbers = [f"{found.hours:.2f}", f"{found.needed_bytes / GIB:.1f}", f"{plan.model_flops_utilization:.0%}"]
+    sizes = shape["layers_per_chunk"]
+    return _row([*axes, shape["recompute"], *numbers]) + (f"  layers {sizes}" if sizes else "")
 
 
 _HEADER = ("tensor", "pipeline", "virtual", "context", "data", "recompute", "hours", "GiB", "FLOPs")
