@@ -1,5 +1,4 @@
-"""Layers moved between pipeline stages: from the one that works longest, or needs most memory, to the one that has most
-room.
+"""Layers moved between pipeline stages: from the one that works longest, or needs most memory, to one with more room.
 
 The first chunk has the embedding, the last the head and its loss, and the first stage most micro-batches in flight, so
 that equally many layers are seldom the best.
@@ -72,9 +71,8 @@ def _chunk_seconds(candidate: Candidate) -> list[float]:
     pipeline = candidate.parallel.pipeline
     seconds = [0.0] * candidate.parallel.num_chunks
     for plan in candidate.plans:
+        steps = plan.phase.recipe.training.steps
         for stage, passes in enumerate(plan.timeline):
             for each in passes:
-                seconds[each.what.chunk * pipeline + stage] += (
-                    each.end - each.start
-                ) * plan.phase.recipe.training.steps
+                seconds[each.what.chunk * pipeline + stage] += steps * (each.end - each.start)
     return seconds
