@@ -1,5 +1,6 @@
 """How one replica of a model is cut over ranks."""
 
+from functools import cache
 from itertools import accumulate
 from typing import Annotated, Any
 
@@ -54,11 +55,15 @@ class Parallel(Settings):
 
     def chunk_layers(self, num_layers: int) -> list[range]:
         """The layer numbers (from 1) of each chunk."""
-        sizes = self.layers_per_chunk or (num_layers // self.num_chunks,) * self.num_chunks
-        ends = list(accumulate(sizes))
-        return [range(end - size + 1, end + 1) for size, end in zip(sizes, ends, strict=True)]
+        return list(_ranges(self.layers_per_chunk or (num_layers // self.num_chunks,) * self.num_chunks))
 
     def layer_stages(self, num_layers: int) -> dict[int, int]:
         """{layer number: the pipeline stage it lies on, from 0}."""
         chunks = enumerate(self.chunk_layers(num_layers))
         return {layer: chunk % self.pipeline for chunk, layers in chunks for layer in layers}
+
+
+@cache  # a search for layouts asks a hundred thousand times
+def _ranges(sizes: tuple[int, ...]) -> list[range]:
+    """From 1, one after another."""
+    return [range(end - size + 1, end + 1) for size, end in zip(sizes, accumulate(sizes), strict=True)]

@@ -6,7 +6,7 @@ architecture, which asks its family; it knows no family's name.
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,7 +56,7 @@ class Architecture:
     attention_output_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    rope: dict[str, Any]
+    rope: dict[str, Any] = field(hash=False)
     max_position_embeddings: int
     hidden_act: str = "silu"
     embedding_scale: float = 1.0  # what the embedding's output is multiplied by

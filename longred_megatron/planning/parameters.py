@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from longred_megatron.families import Architecture
@@ -46,19 +47,25 @@ def stage_chunks(
     """
     chunks = parallel.for_depth(model.num_layers).chunk_layers(model.num_layers)
     depth = model.num_layers if depth is None else depth
-    embedding, norm, output = model.outer_rules()
-    of_layer = [Parameter(rule.part, _elements(rule, parallel.tensor)) for rule in model.layer_rules()]
+    (embedding, norm, output), of_layer = _parameters(model, parallel.tensor)
     found = []
     for number in range(stage, len(chunks), parallel.pipeline):
         layers = range(chunks[number].start, max(chunks[number].start, min(chunks[number].stop, depth + 1)))
         first, last = number == 0, number == len(chunks) - 1
-        rules = [embedding] if first else []
-        rules += [norm] if last else []
+        outer = [embedding] if first else []
+        outer += [norm] if last else []
         tied_here = first and model.tied_embeddings and copy
-        rules += [output] if last and head and not tied_here else []
-        parameters = of_layer * len(layers) + [Parameter(r.part, _elements(r, parallel.tensor)) for r in rules]
-        found.append(ChunkModel(layers, tuple(parameters), first, last))
+        outer += [output] if last and head and not tied_here else []
+        found.append(ChunkModel(layers, (*of_layer * len(layers), *outer), first, last))
     return found
+
+
+@cache  # a search for layouts asks ten thousand times
+def _parameters(model: Architecture, tensor: int) -> tuple[list[Parameter], list[Parameter]]:
+    """Those outside the layers, and those of each layer."""
+    both = model.outer_rules(), model.layer_rules()
+    outer, layer = ([Parameter(rule.part, _elements(rule, tensor)) for rule in rules] for rules in both)
+    return outer, layer
 
 
 def _elements(rule: Rule, tensor: int) -> int:

@@ -161,10 +161,10 @@ def _communication(times: Sequence[StageTime], own: Sequence[str]) -> dict[str, 
     found: list[dict[str, float]] = []
     for time in times:
         sent = dict.fromkeys(AXES, 0.0)
-        for name in own:
-            sent["tensor"] += time.tensor_step_bytes(name)
-            sent["context"] += time.context_step_bytes(name)
-            sent["pipeline"] += time.pipeline_step_bytes(name)
+        for name, count in Counter(own).items():
+            sent["tensor"] += count * time.tensor_step_bytes(name)
+            sent["context"] += count * time.context_step_bytes(name)
+            sent["pipeline"] += count * time.pipeline_step_bytes(name)
         sent["data"] = sum(time.data_bytes().values())
         found.append(sent)
     return {axis: max(sent[axis] for sent in found) for axis in AXES}
