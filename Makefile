@@ -63,7 +63,7 @@ study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; g
 	$(PYTHON_IN_VENV) tools/tiny_runs.py
 	$(PYTHON_IN_VENV) tools/study.py recipes/studies/tiny_longred.yaml
 
-study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each; goes on (4 hours)
+study-packed: setup ## logit distillation from packed short texts against cross-entropy, 3 seeds each; goes on (5 hours)
 	$(PYTHON_IN_VENV) tools/tiny_runs.py
 	$(PYTHON_IN_VENV) tools/make_tiny_base.py --hidden-size 256
 	$(PYTHON_IN_VENV) tools/make_tiny_base.py --seed 7

@@ -109,8 +109,8 @@ def main() -> None:
         run = build / f"stage_{number}"
         changes = [f"model.hf={hf}", f"run.dir={run}", f"training.seed={seed}"]
         if hidden_size is not None:
-            # The recipes suit 192. Adam's best rate falls as the width grows (arXiv 2203.03466), and 256 takes thrice as
-            # long to learn to look keys up.
+            # The recipes suit 192. Adam's best rate falls as the width grows (arXiv 2203.03466), and 256 takes three
+            # times as long to learn to look keys up.
             changes += [f"optimizer.lr={2.0e-3 * 192 / hidden_size}"]
             changes += ["training.steps=3000"] if number == LOOKUP_STAGE else []
         train(recipe, *changes)  # what has been done is not done again

@@ -152,22 +152,19 @@ class StageMemory:
                 targets[number] = waiting = self.targets(name)
                 asked = {"targets": targets[number], "activations": self.teacher_working(name)}
                 best = max(best, Peak(f"the teacher's pass of {name}", asked), key=lambda peak: peak.total)
-            own = self.cost(chunk, name)
-            if backward:
-                in_flight -= kept[chunk, number]
-            else:
+            own, others = self.cost(chunk, name), in_flight - kept.get((chunk, number), 0.0)
+            if not backward:
                 newest[chunk] = number
             through = sum(size for at, size in left.items() if (at, newest[at]) not in kept and at != chunk)
-            now = in_flight + (own.backward if backward else own.forward) + through
+            now = others + (own.backward if backward else own.forward) + through
             # A loss's backward pass is the first, and then its targets are free.
             held = waiting - (targets.get(number, 0.0) if backward and chunk == 0 else 0.0)
             if held + now > best.total:
-                moment = (
-                    f"{'backward' if backward else 'forward'} pass of {name}, {len(kept) + (not backward)} in flight"
-                )
+                way = "backward" if backward else "forward"
+                moment = f"{way} pass of {name}, {len(kept) + (not backward)} in flight"
                 best = Peak(moment, {"targets": held, "activations": now})
             if backward:
-                del kept[chunk, number]
+                in_flight -= kept.pop((chunk, number))
                 if chunk == 0:
                     waiting -= targets.pop(number, 0.0)
             else:
