@@ -16,6 +16,8 @@ from longred_megatron.recipe import Phase
 
 GIB = 2**30
 AXES = ("tensor", "context", "pipeline", "data")
+BUBBLE = "pipeline bubble and messages"
+FASTER_IN_FP8 = ("matrix products", "recomputation", "starting operations", BUBBLE)  # parts of a step
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class PhasePlan:
         """Of the whole phase, without checkpoints, evaluation and starting."""
         return self.step_seconds * self.phase.recipe.training.steps / 3600
 
+    @property
+    def least_hours_in_fp8(self) -> float:
+        """Not more than those with FP8 products: as if all that waits for products became as much faster as these."""
+        assert self.gpu.fp8_flops is not None
+        faster = sum(seconds for part, seconds in self.seconds_by_part.items() if part in FASTER_IN_FP8)
+        saved = faster * (1 - self.gpu.bf16_flops / self.gpu.fp8_flops)
+        return (self.step_seconds - saved) * self.phase.recipe.training.steps / 3600
+
 
 class Change(NamedTuple):
     """A setting that would make the run faster. override: as on the command line. hours: of the run with it."""
@@ -98,7 +108,7 @@ def plan_stages(stages: Sequence[StageMemory], world_size: int, gpu: Gpu) -> Pha
     passes = max((_passes(times, own) for own in stages[0].orders), key=lambda each: each.seconds)
     end = max((time.end_seconds() for time in times), key=lambda each: sum(each.values()))
     parts = _busiest(times, passes)
-    parts["pipeline bubble and messages"] = passes.seconds - passes.teachers - sum(parts.values())
+    parts[BUBBLE] = passes.seconds - passes.teachers - sum(parts.values())
     parts |= {"teacher": parts.get("teacher", 0.0) + passes.teachers, **end}
     sent = [_communication(times, own) for own in stages[0].orders]
     return PhasePlan(

@@ -18,7 +18,6 @@ TENSOR, PIPELINE, CONTEXT = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16, 32), (1, 2, 4, 8,
 CHUNKS = (None, 2, 4)
 RECOMPUTE = ("none", "selective", "full")
 FP8 = "hybrid"
-FASTER_IN_FP8 = ("matrix products", "recomputation", "pipeline bubble and messages", "starting operations")
 MOST_SHOWN, MOST_FP8_SHOWN = 10, 3
 
 
@@ -46,10 +45,11 @@ def search(phases: Sequence[Phase], world_size: int, gpu: Gpu) -> Outcome:
     faster = dict(_improved(fitting, MOST_SHOWN, least_hours, balanced))
     fitting = sorted((faster.get(each, each) for each in fitting), key=lambda each: each.hours)
     too_large = [each for each in shrunk if not each.fits]
+    can_change = gpu.fp8_flops is not None and not any(phase.recipe.precision.fp8 for phase in phases)
     return Outcome(
         world_size,
         fitting,
-        _with_fp8(fitting, too_large),
+        _with_fp8(fitting, too_large) if can_change else [],
         refused,
         len(too_large),
         min((each.needed_bytes for each in too_large), default=float("inf")),
@@ -99,13 +99,7 @@ def _improved(
 
 
 def _with_fp8(fitting: Sequence[Candidate], too_large: Sequence[Candidate]) -> list[Candidate]:
-    """The fastest with FP8 products, which may also fit where bf16 does not; none where the recipe has them, or the GPU
-    has not."""
-    if not (fitting or too_large):
-        return []
-    some, *_ = (*fitting, *too_large)
-    if some.gpu.fp8_flops is None or any(phase.recipe.precision.fp8 for phase in some.phases):
-        return []
+    """The fastest with FP8 products, which may also fit where bf16 does not."""
     found = [each for _, each in _improved(fitting, MOST_FP8_SHOWN, _least_hours_in_fp8, _in_fp8)]
     found += [each for each in map(_in_fp8, too_large) if each is not None]
     return sorted(found, key=lambda each: each.hours)[:MOST_FP8_SHOWN]
@@ -120,16 +114,7 @@ def _in_fp8(candidate: Candidate) -> Candidate | None:
 
 
 def _least_hours_in_fp8(candidate: Candidate) -> float:
-    """As if all that depends on matrix products became as much faster as these."""
-    gpu = candidate.gpu
-    assert gpu.fp8_flops is not None
-    kept = sum(
-        seconds * plan.phase.recipe.training.steps / 3600
-        for plan in candidate.plans
-        for part, seconds in plan.seconds_by_part.items()
-        if part not in FASTER_IN_FP8
-    )
-    return kept + (candidate.hours - kept) * gpu.bf16_flops / gpu.fp8_flops
+    return sum(plan.least_hours_in_fp8 for plan in candidate.plans)
 
 
 def layouts(phase: Phase, world_size: int, gpu: Gpu) -> Iterator[Parallel]:

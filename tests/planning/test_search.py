@@ -163,6 +163,18 @@ def test_fp8_only_where_it_is_asked_of_a_gpu_that_has_it(phases: list[Phase]) ->
     assert search.search(phases, 8, read_gpu("a100-80gb")).with_fp8 == []
 
 
+def test_fp8_also_where_bf16_does_not_fit(phases: list[Phase]) -> None:
+    """Of many tokens a small model keeps less in FP8, by more than the copies of its weights take."""
+    phase = random_phase(phases[0], random.Random(6))
+    roomy = search.search([phase], 1, gpu())
+    bf16, fp8 = ({e.phases[0].recipe.training.recompute: e for e in own} for own in (roomy.fitting, roomy.with_fp8))
+    room = fp8["none"].needed_bytes
+    assert room < bf16["none"].needed_bytes
+    tight = search.search([phase], 1, gpu(room))
+    assert "none" not in {each.phases[0].recipe.training.recompute for each in tight.fitting}
+    assert tight.with_fp8[0].hours == fp8["none"].hours
+
+
 def test_the_fewest_gpus(phases: list[Phase]) -> None:
     alone = min(found.needed_bytes for found in search.search(phases, 1, gpu()).fitting)
     assert search.fewest_gpus(phases, gpu(alone), 64).world_size == 1
