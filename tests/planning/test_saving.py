@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -24,12 +25,13 @@ NORMS = 2 * SIZES["hidden_size"] * 4  # bytes, of both ranks; on a CPU the file'
 
 def test_an_export_gathers_one_parameter_at_a_time(tmp_path: Path) -> None:
     recipe = make_workspace(tmp_path, "llama_3", SIZES)
-    run_ranks(_rank, 2, recipe, tmp_path / "most.json")
-    most = json.loads((tmp_path / "most.json").read_text())
+    run_ranks(_rank, 2, recipe, tmp_path / "bytes.json")
+    most, kept = json.loads((tmp_path / "bytes.json").read_text())
     [phase] = read_phases(load_recipe(recipe, TENSOR))
     export = StageMemory(phase, 2, 0, FUSED).memory().peaks[-1]
     assert export.moment == "the export" and export.parts["gathered parameter"] == SIZES["vocab_size"] * 64 * 4
     assert most <= export.parts["gathered parameter"] + NORMS
+    assert kept <= NORMS
 
 
 def _rank(join: Callable[[str], None], recipe: Path, output: Path) -> None:
@@ -37,24 +39,33 @@ def _rank(join: Callable[[str], None], recipe: Path, output: Path) -> None:
     groups = initialize(load_recipe(recipe, TENSOR).parallel, seed=1)
     run = build_run(recipe, groups, *TENSOR)
     alive: dict[int, int] = {}
-    most = 0
-    gather = torch.distributed.gather
+    most = kept = 0  # bytes: at any time, and of earlier parameters where the next one's are made
+    is_first = True
+    empty_like, gather = torch.empty_like, torch.distributed.gather
 
-    def counted(shard: torch.Tensor, shards: list[torch.Tensor] | None, **more: Any) -> None:
-        nonlocal most
-        _let_go(alive)
-        for part in shards or ():
-            storage = part.untyped_storage()
-            alive[id(storage)] = storage.nbytes()
-            weakref.finalize(storage, alive.pop, id(storage))
+    def counted(like: torch.Tensor) -> torch.Tensor:
+        nonlocal most, kept, is_first
+        if is_first:
+            _let_go(alive)
+            kept = max(kept, sum(alive.values()))
+        is_first = False
+        made = empty_like(like)
+        storage = made.untyped_storage()
+        alive[id(storage)] = storage.nbytes()
+        weakref.finalize(storage, alive.pop, id(storage))
         most = max(most, sum(alive.values()))
-        gather(shard, shards, **more)
+        return made
 
-    torch.distributed.gather = counted
-    for _ in full_tensors(run.chunks, run.student, groups):
-        pass
+    def gathered(*arguments: Any, **more: Any) -> None:
+        nonlocal is_first
+        gather(*arguments, **more)
+        is_first = True
+
+    with patch.object(torch, "empty_like", counted), patch.object(torch.distributed, "gather", gathered):
+        for _ in full_tensors(run.chunks, run.student, groups):
+            pass
     if groups.tp.rank() == 0:
-        output.write_text(json.dumps(most))
+        output.write_text(json.dumps([most, kept]))
     destroy()
 
 
