@@ -53,14 +53,12 @@ def report_beside(folder: Path) -> None:
     _report_folders.append(folder)
 
 
-def run_cli(main: Callable[[], None], leave: Callable[[Any], NoReturn] = sys.exit) -> NoReturn:
+def run_cli(main: Callable[[], None]) -> NoReturn:
     """Runs a command line and ends the process.
 
     Exit code 0 when `main` returns, 2 with the message for a `UserError`, 130 for Ctrl-C, 143 for SIGTERM (both are a
     SystemExit inside `main`), 141 when nobody reads the output any more, 1 for what is unexpected: one line, and the
     traceback in a file. What takes long to import belongs inside `main`: before it, a signal ends in a traceback.
-
-    leave: ends the process with the exit code.
     """
     stop = _Stop()
     for stream in (sys.stdout, sys.stderr):
@@ -85,7 +83,18 @@ def run_cli(main: Callable[[], None], leave: Callable[[Any], NoReturn] = sys.exi
         repeat_below_torchrun(message)
     if not _stdout_takes():  # or the interpreter tries once more, and complains
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    leave(code)
+    _leave(code)
+
+
+def _leave(code: int | str | None) -> NoReturn:
+    """Ends the process; at once, if it is still in a world: the interpreter's own end would wait for collectives."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def plain(text: str) -> str:

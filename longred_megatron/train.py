@@ -5,10 +5,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from longred_megatron.device import force_cpu
 from longred_megatron.errors import UserError, first_few, report_beside, run_cli
@@ -201,16 +201,5 @@ def _check_models(recipe: "Recipe", phases: "Sequence[Phase]") -> None:
         check_tokens(prefix, vocab_size)
 
 
-def _leave(code: int | str | None) -> NoReturn:
-    """Ends the process; at once, if it is still in a world: the interpreter's own end would wait for collectives."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_initialized():
-        sys.exit(code)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
-
-
 if __name__ == "__main__":
-    run_cli(main, _leave)
+    run_cli(main)

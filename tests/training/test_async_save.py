@@ -52,7 +52,7 @@ def timed(method):
 CheckpointSaver.save, CheckpointSaver.after_step = timed(CheckpointSaver.save), timed(CheckpointSaver.after_step)
 step = TrainStep.__call__
 TrainStep.__call__ = lambda *arguments: (time.sleep({step_seconds}), step(*arguments))[1]
-run_cli(train.main, train._leave)
+run_cli(train.main)
 """
 # Nothing is written before the training has come to the step after the next save would have been due.
 WAITS_FOR_STEP = """

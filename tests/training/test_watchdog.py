@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ from longred_megatron.training import run
 
 def one_step(*arguments, real=run._one_step):
     if os.environ["RANK"] == "1":
+        print("failing at", time.time(), flush=True)
         raise RuntimeError("a made-up failure")
     return real(*arguments)
 
@@ -54,7 +56,7 @@ def main():
     train.main(sys.argv[1:])
 
 if __name__ == "__main__":
-    run_cli(main, train._leave)
+    run_cli(main)
 """
 
 
@@ -67,7 +69,10 @@ def test_a_rank_that_fails_ends_the_job_at_once_and_leaves_its_traceback(tmp_pat
         [sys.executable, "-m", *launcher, str(tmp_path / "failing.py"), str(recipe)],
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+    ended = time.time()
     assert done.returncode != 0
+    [failed] = re.findall(r"failing at ([\d.]+)", done.stdout)
+    assert ended - float(failed) < 30  # 3 s on two quiet cores
     assert "unexpected error: RuntimeError: a made-up failure" in done.stderr
     reports = [path.read_text() for path in (tmp_path / "run").glob("unexpected-error-*.txt")]  # and the other rank's
     assert any('raise RuntimeError("a made-up failure")' in report for report in reports)
