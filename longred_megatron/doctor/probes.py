@@ -247,8 +247,8 @@ def _finding(key: tuple[str, str, str], seen: list[tuple[int, Seen]], name: str,
             f"{hosts[rank]})"
         )
         change = (
-            "do not train on this machine: compare its Transformer Engine and cuDNN with constraints.txt, try "
-            "NVTE_FUSED_ATTN=0 or LONGRED_DEVICE=cpu, and report it with results.json"
+            "do not train on this machine: compare its Transformer Engine and cuDNN with constraints.txt, look whether "
+            "LONGRED_DEVICE=cpu leaks too, and report it with results.json"
         )
         return Finding(title, "wrong", text, change, numbers)
     if not changed:

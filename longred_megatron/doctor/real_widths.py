@@ -23,8 +23,9 @@ from longred_megatron.families import Architecture
 from longred_megatron.model.chunk import ModelChunk
 from longred_megatron.parallel.groups import initialize
 from longred_megatron.planning.flops import step_flops
+from longred_megatron.planning.gpus import gpu_of_card
 from longred_megatron.planning.memory import fullest_rank
-from longred_megatron.planning.plan import GIB
+from longred_megatron.planning.plan import GIB, plan_phase
 from longred_megatron.recipe import Phase, Recipe, dump_recipe, load_recipe, read_phases
 from longred_megatron.training.metrics import LossReducer, memory, peak_flops
 from longred_megatron.training.microbatches import MicroBatchSource
@@ -55,11 +56,12 @@ def check(patient: Patient) -> Iterator[Finding]:
     seconds = BUILD_SECONDS + 2 * LONGEST_SECONDS[on_gpu()]
     ranks = patient.team.run(train, recipe, phase.number, seconds=seconds)
     yield judge_memory(ranks, expected, patient.team.hosts)
-    yield _time(ranks, phase, size)
+    yield judge_time(ranks, phase, machines[0]["card"])
 
 
-def describe(report: Report, params: str) -> dict[str, float]:
-    """Memory that this rank's device has, bytes; and its speed at a product in the format of `params`, FLOP/s."""
+def describe(report: Report, params: str) -> dict[str, Any]:
+    """Memory that this rank's device has free, bytes; its speed at a product in the format of `params`, FLOP/s; and its
+    name and whole memory, None on a CPU."""
     device = torch.cuda.current_device() if on_gpu() else torch.device("cpu")
     if on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -72,7 +74,12 @@ def describe(report: Report, params: str) -> dict[str, float]:
         (a @ a)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     free = torch.cuda.mem_get_info()[0] if on_gpu() else _available_bytes()
-    return {"free_bytes": float(free), "flops": 2 * size**3 / best}
+    card = torch.cuda.get_device_properties(device) if on_gpu() else None
+    return {
+        "free_bytes": float(free),
+        "flops": 2 * size**3 / best,
+        "card": card and (card.name, float(card.total_memory)),
+    }
 
 
 def _available_bytes() -> int:
@@ -83,7 +90,7 @@ def _available_bytes() -> int:
     return 0
 
 
-def _too_large(phase: Phase, expected: float, machines: Sequence[dict[str, float]], hosts: Sequence[str]) -> str:
+def _too_large(phase: Phase, expected: float, machines: Sequence[dict[str, Any]], hosts: Sequence[str]) -> str:
     """Why the recipe is not tried here; empty: it is."""
     for rank, machine in enumerate(machines):
         beside = 1 if on_gpu() else hosts.count(hosts[rank])  # ranks that share the memory
@@ -178,8 +185,9 @@ def judge_memory(ranks: Sequence[dict[str, Any]], expected: float, hosts: Sequen
     return Finding(f"{NAME}: memory", "ok", text + note, numbers=numbers)
 
 
-def _time(ranks: Sequence[dict[str, Any]], phase: Phase, size: int) -> Finding:
-    """Of the second step. There is no plan to compare it with."""
+def judge_time(ranks: Sequence[dict[str, Any]], phase: Phase, card: tuple[str, float] | None) -> Finding:
+    """Of the second step, beside what the planner says of this card (its name and memory); None: on a CPU."""
+    size = len(ranks)
     seconds = max(each["seconds"][-1] for each in ranks)
     tokens = phase.recipe.num_microbatches * phase.recipe.step.tokens_per_microbatch
     flops, peak = step_flops(phase) / seconds, ranks[0]["peak_flops"]
@@ -190,4 +198,11 @@ def _time(ranks: Sequence[dict[str, Any]], phase: Phase, size: int) -> Finding:
     }
     share = f", {flops / size / peak:.1%} of the GPUs' peak" if peak else ""
     text = f"{seconds:.1f} s a step, {tokens / seconds:,.0f} tokens/s, {flops / size / 1e12:.3g} TFLOP/s a rank{share}"
+    gpu = gpu_of_card(*card) if card else None
+    if gpu:
+        planned = plan_phase(phase, size, gpu).step_seconds
+        numbers["planned_step_seconds"] = planned
+        text += f"; tools/plan.py expects {planned:.1f} s"
+    elif card:
+        text += f"; no plan for {card[0]}: planning/gpus.yaml does not have it"
     return Finding(f"{NAME}: time", "ok", text, numbers=numbers)

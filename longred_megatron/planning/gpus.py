@@ -1,5 +1,6 @@
 """Descriptions of GPUs, from this package's file or a user's own."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,16 @@ def read_gpu(name: str) -> Gpu:
     except ValidationError as error:
         found = [f"--gpu {name}: `{'.'.join(map(str, e['loc']))}`: {e['msg']}" for e in error.errors()]
         raise UserError(*found) from None
+
+
+def gpu_of_card(card: str, memory_bytes: float) -> Gpu | None:
+    """The GPU of gpus.yaml that a driver calls `card`, such as "NVIDIA H100 80GB HBM3"; None: it is not there."""
+    words = re.split(r"\W+", card.lower())
+    for name in _read(KNOWN)["gpus"]:
+        gpu = read_gpu(name)
+        if name.partition("-")[0] in words and abs(gpu.memory_bytes - memory_bytes) < 0.1 * memory_bytes:
+            return gpu
+    return None
 
 
 def _is_file(name: str) -> bool:

@@ -1,11 +1,16 @@
 """What is said of machines, from what their ranks report: no GPU is here to ask."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longred_megatron.doctor import environment, links, real_widths
 from longred_megatron.doctor.findings import Finding
+from longred_megatron.planning.gpus import gpu_of_card, read_gpu
+from longred_megatron.planning.plan import plan_phase
+from longred_megatron.recipe import load_recipe, read_phases
+from tests.training.workspace import make_workspace
 
 SMI = dict.fromkeys(environment.SMI, "0") | {"driver_version": "580.1", "clocks.max.sm": "1980"}
 
@@ -82,3 +87,29 @@ def test_memory_beyond_the_plan_is_told_where_there_are_gpus(monkeypatch: pytest
     assert found.status == "wrong" and "20.00 GiB on rank 1 on b" in found.text
     broken = [rank | {"losses": {"loss": float("nan")}} for rank in ranks]
     assert real_widths.judge_memory(broken, 30 * 2**30, hosts).status == "wrong"
+
+
+def test_time_stands_beside_the_plan(tmp_path: Path) -> None:
+    [phase] = read_phases(load_recipe(make_workspace(tmp_path), ["precision.params=bf16"]))
+    ranks = [{"seconds": [9.0, 2.0], "peak_flops": 989e12}, {"seconds": [9.0, 3.0], "peak_flops": 989e12}]
+    planned = plan_phase(phase, 2, read_gpu("h100-80gb")).step_seconds
+    found = real_widths.judge_time(ranks, phase, ("NVIDIA H100 80GB HBM3", 85.0e9))
+    assert found.numbers["planned_step_seconds"] == planned
+    assert found.text.startswith("3.0 s a step") and found.text.endswith(f"tools/plan.py expects {planned:.1f} s")
+    assert "no plan for NVIDIA X1" in real_widths.judge_time(ranks, phase, ("NVIDIA X1", 85.0e9)).text
+    assert "plan" not in real_widths.judge_time(ranks, phase, None).text
+
+
+@pytest.mark.parametrize(
+    ("card", "gigabytes", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0, "h100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 42.5, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 85.1, "a100-80gb"),
+        ("NVIDIA GB200", 198.0, "gb200-186gb"),
+        ("NVIDIA B200", 191.5, "b200-180gb"),
+        ("NVIDIA H100 NVL", 100.0, None),
+    ],
+)
+def test_a_card_is_known_by_its_name_and_memory(card: str, gigabytes: float, name: str | None) -> None:
+    assert gpu_of_card(card, gigabytes * 1e9) == (read_gpu(name) if name else None)
