@@ -6,7 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, layers
 from torch import Tensor
 
 from longred_megatron.checkpoint import distributed
@@ -71,6 +71,19 @@ def border_late_by_one() -> Iterator[None]:
 def border_early_by_one() -> Iterator[None]:
     """Each document ends a token too early."""
     with _with_documents(lambda row: [row[0] - 1, *row[1:-1], row[-1] + 1] if len(row) > 1 and row[0] > 1 else row):
+        yield
+
+
+@contextmanager
+def pieces_in_rank_order() -> Iterator[None]:
+    """Keys of the context ranks are put together rank after rank, as if their pieces were no zig-zag."""
+
+    def faulty(x: Tensor, num_sequences: int, group: Any) -> Tensor:
+        gathered = gather_from_sequence_parallel_region(x, group=group)
+        parts = gathered.reshape(group.size(), num_sequences, -1, *x.shape[2:])
+        return parts.transpose(0, 1).flatten(1, 2)
+
+    with patch.object(attention, "gather_sequences", faulty):
         yield
 
 

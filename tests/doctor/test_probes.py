@@ -53,3 +53,14 @@ def test_sequences_that_ranks_share_or_hold_whole(small: Callable[..., Path], tm
     # Its one sequence a micro-batch cannot lie on two ranks.
     assert {f.name for f in found if f.status == "not tried"} == {"long_text, whole sequences, fp32"}
     assert not wrong(found)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"), [(faults.pieces_in_rank_order, CAUSALITY), (faults.borders_ignored, DOCUMENTS)]
+)
+def test_a_leak_between_ranks_is_found(
+    fault: Fault, expected: set[str], small: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = findings(small("parallel.context=2"), tmp_path, num_ranks=2, fault=fault)
+    leaking = {each.name.split(",")[0] for each in found if each.status == "wrong" and "cut over" in each.name}
+    assert expected <= leaking
