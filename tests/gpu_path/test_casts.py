@@ -17,6 +17,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
 from longred_megatron.planning.memory import StageMemory
 from longred_megatron.planning.operations import FUSED
+from longred_megatron.precision import Precision
 from tests.layouts.table import CHANGES, SIZES
 from tests.training.workspace import build_run, make_workspace
 
@@ -51,7 +52,13 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours.float() - theirs).norm() / theirs.norm()).detach())
 
 
-def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessGroupCollection) -> None:
+@pytest.mark.parametrize("planted", [False, True])
+def test_a_student_in_fp8_has_a_teacher_in_bf16(
+    planted: bool, tmp_path: Path, groups: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a teacher that gets the student's precision is seen."""
+    if planted:
+        monkeypatch.setattr(Precision, "of_teacher", lambda self: self)
     precision = {"params": "bf16", "fp8": "hybrid"}
     run = build_run(make_workspace(tmp_path, "llama_3", SIZES, **CHANGES, precision=precision), groups)
     casts: list[int] = []
@@ -59,7 +66,8 @@ def test_a_student_in_fp8_has_a_teacher_in_bf16(tmp_path: Path, groups: ProcessG
         chunk.register_forward_pre_hook(lambda *_: casts.append(-install.calls["quantize"]))
         chunk.register_forward_hook(lambda *_: casts.append(install.calls["quantize"]))
     run.train_step.forward_backward(run.data.step(1, 0, 1))
-    assert casts and sum(casts) == 0 < install.calls["quantize"]
+    assert casts and install.calls["quantize"] > 0
+    assert (sum(casts) > 0) == planted
 
 
 @pytest.mark.parametrize("settings", [{}, {"fp8_recipe": "delayed"}, {"teacher_fp8": True}])

@@ -31,6 +31,26 @@ def test_three_steps_and_three_are_six(tmp_path: Path) -> None:
         assert max(outcomes[case.name].difference(outcomes["whole"].last(3)).values()) < TOLERANCE, case.name
 
 
+def test_fp8_goes_on_with_its_scales(tmp_path: Path) -> None:
+    """With delayed scaling: on two replicas with the same bits, in other layouts to bf16's rounding; without, not."""
+    recipe = make_workspace(tmp_path / "workspace", "llama_3", SIZES, **CHANGES)
+    fp8 = ("precision={params: bf16, fp8: hybrid, fp8_recipe: delayed}",)
+    whole = Case("whole", 2, recipe, fp8, steps=range(1, 5), save=tmp_path / "checkpoint")
+    outcomes = dict(ranks.run_all([whole], tmp_path))
+    resumed = [
+        Case(name, 2, recipe, (*fp8, *layout), sabotage, steps=range(2, 5), resume=tmp_path / "checkpoint")
+        for name, layout, sabotage in (
+            ("same", (), None),
+            ("tensor", ("parallel.tensor=2", "parallel.sequence=true"), None),
+            ("pipeline", ("parallel.pipeline=2",), None),
+            ("lost", (), "scales_lost"),
+        )
+    ]
+    outcomes |= ranks.run_all(resumed, tmp_path)
+    apart = {case.name: max(outcomes[case.name].difference(outcomes["whole"].last(3)).values()) for case in resumed}
+    assert apart["same"] == 0 < max(apart["tensor"], apart["pipeline"]) < 0.02 < apart["lost"], apart
+
+
 @pytest.mark.parametrize("to_gpu", [True, False], ids=["to a GPU", "to a CPU"])
 def test_a_run_goes_on_on_the_other_machine(to_gpu: bool, tmp_path: Path) -> None:
     first, second = (run_on_cpu, ranks.run_all) if to_gpu else (ranks.run_all, run_on_cpu)

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from transformer_engine.pytorch import quantization
 from transformer_engine.pytorch.attention.dot_product_attention import utils
 
+from longred_megatron import train
 from longred_megatron.checkpoint import distributed
 from longred_megatron.errors import UserError
 from longred_megatron.layout import Parallel
@@ -28,6 +29,8 @@ from longred_megatron.model.megatron_config import transformer_config
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.precision import Card, Precision, Scaling, Sizes
 from longred_megatron.recipe import load_recipe, read_phases
+from longred_megatron.training import run
+from longred_megatron.training.microbatches import open_data
 from longred_megatron.training.run import PhaseRun
 from tests.recipe.conftest import LLAMA3_8B
 from tests.training.workspace import build_run, make_workspace
@@ -198,6 +201,39 @@ def test_models_are_forgotten(tmp_path: Path, groups: ProcessGroupCollection) ->
     assert manager.quantization_state.global_amax_buffer
     forget_models()
     assert not manager.quantization_state.global_amax_buffer
+
+
+@install.needs_plain_kernels
+def test_a_phase_begins_without_the_models_of_the_one_before(
+    tmp_path: Path, groups: ProcessGroupCollection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_workspace(tmp_path, precision={"params": "bf16", "fp8": "hybrid", "fp8_recipe": "delayed"})
+    path.write_text(path.read_text() + "phases: [{training: {steps: 1}}, {training: {steps: 1}}]\n")
+    recipe = load_recipe(path)
+    phases = read_phases(recipe)
+    held: list[bool] = []
+
+    def build(*arguments: Any, real: Any = run.build) -> PhaseRun:
+        held.append(bool(quantization.FP8GlobalStateManager.quantization_state.global_amax_buffer))
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "build", build)
+    run.train(recipe, phases, open_data(phases), groups)
+    assert quantization.FP8GlobalStateManager.quantization_state.global_amax_buffer and held == [False, False]
+    forget_models()
+
+
+@install.needs_plain_kernels
+def test_the_start_tells_the_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(make_workspace(tmp_path), ["precision.params=bf16"])
+    phases = read_phases(recipe)
+    train._announce(recipe, phases, open_data(phases), 1)
+    assert "attention:\n  long_text, student on 1 x 256 tokens: cuDNN's fused attention\n" in capsys.readouterr().out
+    monkeypatch.setattr(tex, "get_fused_attn_backend", lambda params: (tex.NVTE_Fused_Attn_Backend.NVTE_No_Backend, ""))
+    with pytest.raises(UserError, match="has no fused attention here"):
+        train._announce(recipe, phases, open_data(phases), 1)
 
 
 def test_the_teacher_is_not_in_fp8(tmp_path: Path, groups: ProcessGroupCollection) -> None:

@@ -37,7 +37,13 @@ LAYOUTS = (
     Layout(4, {"tensor": 2, "context": 2, "sequence": True}, recompute="full"),
     Layout(4, {"pipeline": 2, "context": 2}, recompute="full"),
 )
-FAULTS = (Layout(2, {"overlap_param_gather": True}, sabotage="head_not_gathered"),)
+FAULTS = (
+    Layout(2, {"overlap_param_gather": True}, sabotage="head_not_gathered"),
+    Layout(2, {"context": 2}, sabotage="neighbouring_pieces"),
+    Layout(2, {"context": 2}, sabotage="positions_cut_twice"),
+    Layout(1, {}, model="masked", sabotage="border_late_by_one"),
+    Layout(2, {"context": 2}, model="masked", sabotage="border_early_by_one"),
+)
 
 
 @pytest.fixture(scope="module")

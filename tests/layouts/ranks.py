@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from longred_megatron.checkpoint import distributed, huggingface
+from longred_megatron.model.fp8 import forget_models
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
 from longred_megatron.recipe import load_recipe
@@ -89,6 +90,7 @@ def _rank(join: Callable[[str], None], cases: Sequence[Case], folder: Path) -> N
         output = folder / case.name
         output.mkdir(exist_ok=True)
         join(case.name)
+        forget_models()
         with SABOTAGE[case.sabotage]() if case.sabotage else nullcontext():
             _train(case, output)
         destroy()

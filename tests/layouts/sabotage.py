@@ -10,13 +10,16 @@ from unittest.mock import patch
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from longred_megatron.checkpoint import distributed
 from longred_megatron.model import chunk, injection
+from longred_megatron.model.fp8 import sharded_scales
 from longred_megatron.objectives.base import Groups, Term
 from longred_megatron.objectives.relations import Relations
 from longred_megatron.parallel import context
-from longred_megatron.training import metrics, step
+from longred_megatron.training import metrics, microbatches, step
 from longred_megatron.training.microbatches import MicroBatch
 from longred_megatron.training.teachers import Teachers
+from tests.doctor.faults import border_early_by_one, border_late_by_one
 
 
 @contextmanager
@@ -29,6 +32,45 @@ def positions_not_cut() -> Iterator[None]:
         return replace(local, student_positions=microbatch.student_positions.chunk(size, dim=1)[0])
 
     with patch.object(step, "local_part", faulty):
+        yield
+
+
+@contextmanager
+def positions_cut_twice() -> Iterator[None]:
+    """A rank takes its part of the positions that are its part already."""
+    cut = step.local_part
+
+    def faulty(microbatch: MicroBatch, groups: Groups) -> MicroBatch:
+        local, (rank, size) = cut(microbatch, groups), (groups.cp.rank(), groups.cp.size())
+        twice = context.cut_for_context_rank(local.student_positions, rank, size, whole_sequences=False)
+        return replace(local, student_positions=twice.repeat(1, size))
+
+    with patch.object(step, "local_part", faulty):
+        yield
+
+
+@contextmanager
+def neighbouring_pieces() -> Iterator[None]:
+    """Every context-parallel rank gets two neighbouring pieces of a sequence, where attention expects the zig-zag."""
+
+    def faulty(x: torch.Tensor, rank: int, size: int, whole_sequences: bool) -> torch.Tensor:
+        return x.chunk(size, dim=0 if whole_sequences else 1)[rank]
+
+    with patch.object(microbatches, "cut_for_context_rank", faulty):
+        yield
+
+
+@contextmanager
+def scales_lost() -> Iterator[None]:
+    """A checkpoint is loaded without FP8's scales."""
+    load = distributed.load
+
+    def faulty(path: Any, chunks: Any, optimizer: Any = None) -> None:
+        load(path, chunks, optimizer)
+        for name, scale in sharded_scales(chunks).items():
+            scale.data.fill_(1.0 if name.endswith("scale") else 0.0)
+
+    with patch.object(distributed, "load", faulty):
         yield
 
 
@@ -173,6 +215,11 @@ SABOTAGE: dict[str, Callable[[], AbstractContextManager[None]]] = {
     fault.__name__: fault
     for fault in (
         positions_not_cut,
+        positions_cut_twice,
+        neighbouring_pieces,
+        border_late_by_one,
+        border_early_by_one,
+        scales_lost,
         length_of_own_rank,
         weight_of_another_microbatch,
         loss_counted_per_tensor_rank,
