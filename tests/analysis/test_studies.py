@@ -1,6 +1,7 @@
 """The studies of tools/analyze.py against plain transformers, on tiny models."""
 
 import json
+from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from longred_megatron.errors import UserError
@@ -37,8 +38,12 @@ def run(study: str, folder: Path, output: Path, *arguments: str, hf: tuple[str, 
     return json.loads((output / "results.json").read_text()), tokens
 
 
-def plain(folder: Path, tokens: Tensor, positions: Tensor | None = None) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def plain(folder: Path, tokens: Tensor, positions: Tensor | None = None, **rope: float) -> Any:
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters |= rope
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
     mask = torch.ones_like(tokens)  # or jumps in the positions would be borders of documents
     with torch.no_grad():
         out = model(
@@ -91,7 +96,12 @@ def test_positional_vectors_are_means_over_texts(points: int, folder: Path, tmp_
         similarity = F.cosine_similarity(vectors[:, None], vectors[None], dim=-1)
         torch.testing.assert_close(torch.tensor(model["similarity"][str(k)]), similarity, rtol=0, atol=2e-4)
         border = edges.index(64)
-        assert model["layers"][str(k)]["across"] == pytest.approx(similarity[:border, border:].mean().item(), abs=1e-3)
+        inside, outside = similarity[:border, :border], similarity[border:, border:]
+        means = {"across": similarity[:border, border:].mean()}
+        for name, part in (("inside", inside), ("outside", outside)):  # of two that are not the same
+            means[name] = (part.sum() - part.trace()) / (part.numel() - len(part))
+        for name, mean in means.items():
+            assert model["layers"][str(k)][name] == pytest.approx(mean.item(), abs=1e-3), name
     assert set(model["similarity"]) == {"2", "4"}
     size = min(8, border // 2, len(similarity) - border)
     expected = [sum(similarity[b - 1 - i, b + i] for i in range(size)) / size for b in (border, border // 2)]
@@ -105,8 +115,8 @@ def test_copies_differ_as_in_plain_transformers(folder: Path, tmp_path: Path) ->
     assert [each["change"] for each in results["models"]] == ["", "theta 10000", "skip 20"]
     packed = tokens.repeat(1, 3)
     jumps = torch.arange(36)[None] + 20 * torch.arange(3).repeat_interleave(12)
-    for found, positions in ((as_it_is, None), (skip, jumps)):
-        model, out = plain(folder / "model", packed, positions)
+    for found, positions, rope in ((as_it_is, None, {}), (theta, None, {"rope_theta": 1e4}), (skip, jumps, {})):
+        model, out = plain(folder / "model", packed, positions, **rope)
         for pair in found["pairs"]:
             a, b = (slice(12 * pair[which], 12 * pair[which] + 12) for which in ("first", "second"))
             assert pair["distance"] == 12 * (pair["second"] - pair["first"])
@@ -115,12 +125,12 @@ def test_copies_differ_as_in_plain_transformers(folder: Path, tmp_path: Path) ->
                 cosine = F.cosine_similarity(hidden[:, a], hidden[:, b], dim=-1).mean().item()
                 assert pair["hidden"][k - 1] == pytest.approx(1 - cosine, abs=1e-4)
                 layer = model.model.layers[k - 1]
-                with torch.no_grad():
-                    query = layer.self_attn.q_proj(layer.input_layernorm(out.hidden_states[k - 1])).unflatten(
-                        2, (-1, 8)
-                    )
-                cosine = F.cosine_similarity(query[:, a], query[:, b], dim=-1).mean().item()
-                assert pair["query"][k - 1] == pytest.approx(1 - cosine, abs=1e-4)
+                for what in ("query", "key", "value"):
+                    with torch.no_grad():
+                        project = getattr(layer.self_attn, f"{what[0]}_proj")
+                        state = project(layer.input_layernorm(out.hidden_states[k - 1])).unflatten(2, (-1, 8))
+                    cosine = F.cosine_similarity(state[:, a], state[:, b], dim=-1).mean().item()
+                    assert pair[what][k - 1] == pytest.approx(1 - cosine, abs=1e-4), what
             p, q = (out.logits[:, each].log_softmax(-1) for each in (a, b))
             assert pair["logits"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-3, abs=1e-5)
     assert theta["pairs"] != as_it_is["pairs"] != skip["pairs"]
@@ -128,22 +138,29 @@ def test_copies_differ_as_in_plain_transformers(folder: Path, tmp_path: Path) ->
 
 def test_changes_of_queries_are_those_of_plain_projections(folder: Path, tmp_path: Path) -> None:
     results, tokens = run("query-states", folder, tmp_path / "out", "--texts", "3", "--length", "32")
-    states: dict[str, list[Tensor]] = {"query": [], "rotated query": []}
-    weights = []
+    states, weights = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
     for name in ("model", "teacher"):
         model, out = plain(folder / name, tokens)
         attention, norm = model.model.layers[1].self_attn, model.model.layers[1].input_layernorm
-        query = attention.q_proj(norm(out.hidden_states[1])).unflatten(2, (4, 8)).transpose(1, 2).detach()
-        cos, sin = model.model.rotary_emb(query, torch.arange(32)[None])
-        states["query"].append(query)
-        states["rotated query"].append(apply_rotary_pos_emb(query, query, cos, sin)[0])
-        weights.append(attention.q_proj.weight.detach().unflatten(0, (4, 8)))
+        for what in ("query", "key", "value"):
+            project = getattr(attention, f"{what[0]}_proj")
+            states[what].append(project(norm(out.hidden_states[1])).unflatten(2, (-1, 8)).transpose(1, 2).detach())
+            weights[what].append(project.weight.detach().unflatten(0, (-1, 8)))
+        query, key = states["query"][-1], states["key"][-1]
+        rotated = apply_rotary_pos_emb(query, key, *model.model.rotary_emb(query, torch.arange(32)[None]))
+        for what, turned in zip(("rotated query", "rotated key"), rotated, strict=True):
+            states[what].append(turned)
     for what, (before, after) in states.items():
         _assert_relative(results["changes"][what], before.pow(2).sum((0, 2)), (after - before).pow(2).sum((0, 2)))
-    before, after = weights
-    _assert_relative(results["changes"]["query weight"], before.pow(2).sum(2), (after - before).pow(2).sum(2))
+    for what, (before, after) in weights.items():
+        _assert_relative(results["changes"][f"{what} weight"], before.pow(2).sum(2), (after - before).pow(2).sum(2))
     spans = results["changes"]["query"]["spans"]
     assert spans and [each["share"] for each in spans] == sorted((each["share"] for each in spans), reverse=True)
+    before, after = (x.pow(2).sum((0, 2)) for x in (states["query"][0], states["query"][1] - states["query"][0]))
+    before, after = (x[:, :4] + x[:, 4:] for x in (before, after))  # [heads, bands]
+    for span in (each for each in spans if each["layer"] == 2):
+        place = span["head"] - 1, slice(*span["bands"])
+        assert span["change"] == pytest.approx((after[place].sum() / before[place].sum()).sqrt().item(), rel=1e-3)
 
 
 def _assert_relative(found: dict[str, Any], squares: Tensor, differences: Tensor) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.utils._pytree import tree_leaves
 
 from longred_megatron.analysis.measure import Ranks
 from longred_megatron.errors import UserError
 from tests.training.workspace import make_workspace
+from tools import analyze
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -47,6 +49,18 @@ def test_drift_of_a_runs_checkpoints(folder: Path, tmp_path: Path) -> None:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key
     first, second = (each["drift"]["40"]["mean_drift"] for each in one)
     assert 0 < first != second > 0
+    assert "Drift over the run" in (tmp_path / "one" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("study", ["positional-vectors", "perturbation", "query-states"])
+def test_the_other_studies(study: str, folder: Path, tmp_path: Path) -> None:
+    models = ["--hf", folder / "model", *[folder / "teacher"] * (study == "query-states"), "--text", folder / "texts"]
+    size = ("--texts", 3, "--length", 20)
+    python(*TORCHRUN, "tools/analyze.py", study, *models, *size, "--output", tmp_path / "two")
+    analyze.main([study, *map(str, models), *map(str, size), "--output", str(tmp_path / "one")])
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    numbers = [[x for x in tree_leaves(found) if isinstance(x, float)] for found in (one, two)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-4, abs=1e-6) and len(numbers[0]) > 20
 
 
 def test_the_layers_that_are_chosen(folder: Path, tmp_path: Path) -> None:
