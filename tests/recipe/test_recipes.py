@@ -8,7 +8,7 @@ import pytest
 from longred_megatron.errors import UserError
 from longred_megatron.families import Architecture
 from longred_megatron.planning.summary import phases_summary
-from longred_megatron.recipe import check_phases, load_recipe
+from longred_megatron.recipe import Recipe, check_phases, load_recipe
 from tests.recipe.conftest import phase_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -45,14 +45,19 @@ def test_base_is_no_run() -> None:
     load_recipe(RECIPES / "llama3_8b_32k.yaml", ["run.dir=x"])
 
 
-# PAPERS.md's table: lengths long / short / short-to-long, a1, a2, M; and the RoPE setting.
-PUBLISHED = {
-    "llama3_8b_32k_longred_c": (32768, 1024, 8192, 5, 10, 6, {"method": "abf", "theta": 2e7}),
-    "llama3_8b_32k_longred_u": (32768, 1024, 8192, 5, 10, 6, {"method": "abf", "theta": 2e7}),
-    "llama3_8b_32k_pi_longred_c": (32768, 1024, 8192, 5, 10, 6, {"method": "pi", "factor": 4}),
-    "llama3_8b_128k_longred_c": (131072, 1024, 8192, 2, 15, 3, {"method": "abf", "theta": 1e8}),
-    "mistral_7b_128k_longred_c": (131072, 1024, 32768, 2, 15, 6, {"method": "abf", "theta": 2e7}),
+# Lengths long / short / short-to-long, a1, a2, M; and the RoPE setting: LongReD's table of settings.
+SETTINGS = {
+    "llama3_8b_32k": (32768, 1024, 8192, 5, 10, 6, {"method": "abf", "theta": 2e7}),
+    "llama3_8b_32k_pi": (32768, 1024, 8192, 5, 10, 6, {"method": "pi", "factor": 4}),
+    "llama3_8b_128k": (131072, 1024, 8192, 2, 15, 3, {"method": "abf", "theta": 1e8}),
+    "mistral_7b_128k": (131072, 1024, 32768, 2, 15, 6, {"method": "abf", "theta": 2e7}),
 }
+PUBLISHED = [f"{model}_longred_{positions}" for model in SETTINGS for positions in "cu"]
+BASELINES = [f"{model}_{baseline}" for model in SETTINGS for baseline in ("long_cpt", "mix_cpt")]
+D1 = {"commoncrawl": 0.534, "c4": 0.266, "github": 0.050, "arxiv": 0.043, "books": 0.041}
+D1 |= {"wikipedia": 0.034, "stackexchange": 0.032}
+D2 = {"fineweb_edu": 0.476, "fineweb_edu_math": 0.0722, "proof_pile_2": 0.0230, "stack_v2": 0.095, "pg19": 0.095}
+D2 |= {"wikipedia": 0.096, "arxiv": 0.095}  # and instructions: .047 in all
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -70,15 +75,40 @@ def test_published_numbers(name: str) -> None:
         len(short.layers),
         recipe.model.rope.model_dump(),
     )
-    assert found == PUBLISHED[name]
+    assert found == SETTINGS[name.rpartition("_longred_")[0]]
     assert recipe.model.max_position_embeddings == long.sequence_length
     assert (long.microbatches, skipped.microbatches, short.microbatches) == (8, 2, 6)
     assert skipped.positions == ("uniform" if name.endswith("_u") else "cream")
     assert short.layers[-1] == 32
-    assert sum(recipe.data["long"].values()) == pytest.approx(1)
+    if len(short.layers) == 3:
+        assert short.layers == (9, 15, 32)
+    check_data(recipe)
     optimizer = recipe.optimizer
     assert (optimizer.lr, optimizer.schedule, optimizer.warmup_steps) == (2e-5, "constant", 0)
     assert (optimizer.weight_decay, optimizer.betas, optimizer.eps) == (0.1, (0.9, 0.95), 1e-8)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_are_as_long_and_as_large(name: str) -> None:
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    long, short, window, *_, rope = SETTINGS[name.rpartition("_")[0].rpartition("_")[0]]
+    lengths = {long: 16} if name.endswith("long_cpt") else {long: 8, window: 2, short: 6}
+    assert {each.kind for each in recipe.objectives.values()} <= {"long_text", "next_token"}
+    assert {each.sequence_length: each.microbatches for each in recipe.objectives.values()} == lengths
+    assert recipe.model.rope.model_dump() == rope and recipe.model.max_position_embeddings == long
+    assert (recipe.training.steps, recipe.step.tokens_per_microbatch) == (512, 131072)
+    check_data(recipe)
+
+
+def check_data(recipe: Recipe) -> None:
+    """The published weights, D2's as corrected; "long" and "window" are D1 and D3."""
+    for name in {"long", "window"} & recipe.data.keys():
+        assert {Path(prefix).name.rpartition("_")[2]: weight for prefix, weight in recipe.data[name].items()} == D1
+    if "short" in recipe.data:
+        weights = {Path(prefix).name: weight for prefix, weight in recipe.data["short"].items()}
+        instructions = sum(weight for prefix, weight in weights.items() if prefix not in D2)
+        assert weights.items() >= D2.items() and instructions == pytest.approx(0.047)
+        assert sum(weights.values()) == pytest.approx(0.9992)
 
 
 def test_blends_of_mistral_are_those_of_llama() -> None:
