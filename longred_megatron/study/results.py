@@ -6,6 +6,7 @@ from statistics import mean
 
 import numpy as np
 
+from longred_megatron.evaluation.intervals import share_interval
 from longred_megatron.study.estimates import Estimate, differences, estimate
 from longred_megatron.study.measure import Measured
 from longred_megatron.study.settings import Ordering
@@ -43,9 +44,17 @@ def changes(rows: Rows, row: str) -> dict[str, Estimate]:
         ours, theirs = ([each.units(measure) for each in rows[name]] for name in (row, ORIGINAL))
         found[measure] = estimate(differences(ours, theirs))
     for length in sorted(rows[row][0].prompts):
-        share = estimate(np.asarray([each.prompts[length] for each in rows[row]]))
-        found[f"@{length}"] = Estimate(share.mean, max(0.0, share.low), min(1.0, share.high))
+        found[f"@{length}"] = _share([each.prompts[length] for each in rows[row]])
     return found
+
+
+def _share(scores: Sequence[Sequence[float]]) -> Estimate:
+    """Of prompts answered, scores[seeds, prompts]; where nothing varies, as for none answered, Wilson's interval."""
+    share = estimate(np.asarray(scores))
+    if share.low == share.high:
+        ends = share_interval(share.mean, len(scores[0]))
+        return Estimate(share.mean, ends.low, ends.high)
+    return Estimate(share.mean, max(0.0, share.low), min(1.0, share.high))
 
 
 def table(rows: Rows) -> list[list[str]]:
