@@ -39,10 +39,10 @@ demo: setup ## the main job on the CPU, small and real
 	$(PYTHON_IN_VENV) tools/demo.py
 
 layouts: setup ## the table of layouts against one process, up to 8 ranks (5 minutes)
-	$(PYTHON_IN_VENV) -m tests.layouts.table
+	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.layouts.table
 
 plan-check: setup ## the planner's memory beside real steps on this CPU, 30 layouts up to 8 ranks (15 minutes)
-	$(PYTHON_IN_VENV) -m tests.planning.measure
+	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.planning.measure
 
 gpu-check: setup ## models of the GPU path constructed with the compiled Transformer Engine, where it is installed
 	LONGRED_TE=compiled $(PYTHON_IN_VENV) -m pytest tests/gpu_path -n0
@@ -51,15 +51,15 @@ bench: setup ## speed and memory beside plain transformers, Megatron-Core, eager
 	$(PYTHON_IN_VENV) tools/bench.py --output build/bench $(BENCH_FLAGS)
 
 chaos: setup ## kills a run 20 times at random; it must end with the same bits (7 minutes)
-	$(PYTHON_IN_VENV) -m tests.chaos
+	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.chaos
 
 hostile: setup ## every command on damaged, insane and malicious input, by class (5 minutes)
-	$(PYTHON_IN_VENV) -m tests.hostile
+	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.hostile
 
 docker-check: setup ## builds the CPU image and runs it; the variables in tests/docker/test_images.py name bases (10 minutes)
 	LONGRED_DOCKER_BASE=$${LONGRED_DOCKER_BASE-python:3.12-slim} $(PYTHON_IN_VENV) -m pytest --capture=no tests/docker
 
-study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; goes on where it was stopped (100 minutes)
+study-longred: setup ## LongReD's comparisons with a tiny model, 3 seeds each; goes on where it was stopped (an hour)
 	$(PYTHON_IN_VENV) tools/tiny_runs.py
 	$(PYTHON_IN_VENV) tools/study.py recipes/studies/tiny_longred.yaml
 
