@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longred_megatron.kernels import linear_loss as kernel
 from longred_megatron.kernels.cross_entropy import linear_cross_entropy
@@ -69,3 +70,42 @@ def test_a_chunk_is_counted_in_bytes(rows: int, tokens: int, monkeypatch: pytest
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype=None, device=None: torch.empty((), device="meta"))
     kernel.linear_loss(hidden, weight, loss)
     assert chunks[0] == tokens and sum(chunks) == TOKENS
+
+
+class OnGpu(Tensor):
+    """Says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_apex_adds_to_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for its kernel, which adds and takes tokens first: the sum begins at zero, and chunks add up."""
+
+    def add_product(hidden: Tensor, grad_logits: Tensor, total: Tensor) -> None:
+        total.addmm_(grad_logits.float().t(), hidden.float())
+
+    monkeypatch.setattr(kernel, "_add_product_of_apex", add_product)
+    total = torch.full((VOCAB, HIDDEN), torch.nan)
+    gradients = [torch.randn(TOKENS, VOCAB).bfloat16() for _ in range(2)]
+    states = [torch.randn(TOKENS, HIDDEN).bfloat16().as_subclass(OnGpu) for _ in range(2)]
+    for i in range(2):
+        kernel._add_product(total, gradients[i], states[i], is_first=i == 0)
+    wanted = sum(g.double().t() @ x.as_subclass(Tensor).double() for g, x in zip(gradients, states, strict=True))
+    assert isinstance(wanted, Tensor) and error(total, wanted) < 1e-5
+
+
+def test_torch_takes_the_product_that_a_gpu_without_apex_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its rules alone: a product of bf16 factors that adds to fp32 is there on a GPU only."""
+    monkeypatch.setattr(kernel, "_add_product_of_apex", None)
+    with FakeTensorMode():
+        total, gradient, states = (
+            torch.empty(*size, device="cuda", dtype=dtype)
+            for size, dtype in (
+                ((VOCAB, HIDDEN), torch.float32),
+                ((TOKENS, VOCAB), torch.bfloat16),
+                ((TOKENS, HIDDEN), torch.bfloat16),
+            )
+        )
+        for is_first in (True, False):
+            kernel._add_product(total, gradient, states, is_first)
+        assert total.dtype is torch.float32 and total.is_cuda
