@@ -72,11 +72,11 @@ def ignored_keys(raw: dict[str, Any], config: Any) -> Iterator[str]:
         if key in known or harmless or not any(word in name for word in _WORDS):
             continue
         if name == "is_causal" and value is not True:
-            yield f"{key} is {_shown(value)}: attention that sees later tokens is not supported; remove the key"
+            yield f"{_named(key)} is {_shown(value)}: attention that sees later tokens is not supported; remove the key"
         elif name != "is_causal" and not _is_off(value):
             yield (
-                f"{key} is {_shown(value)}: {config.model_type} models do not have it in transformers, so that it "
-                "would be ignored; use a model without it, or remove the key if the weights are meant without it"
+                f"{_named(key)} is {_shown(value)}: {config.model_type} models do not have it in transformers, so that "
+                "it would be ignored; use a model without it, or remove the key if the weights are meant without it"
             )
 
 
@@ -113,7 +113,7 @@ def _rope_number_problems(rope: dict[str, Any]) -> Iterator[str]:
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
         wrong = [each for each in numbers if isinstance(each, bool) or not 0 < each < math.inf]
         if wrong and key not in _ROPE_SWITCHES:
-            yield f"{key} of RoPE is {_shown(wrong[0])}: must be a positive, finite number"
+            yield f"{_named(key)} of RoPE is {_shown(wrong[0])}: must be a positive, finite number"
 
 
 def _value_problems(config: Any) -> Iterator[str]:
@@ -136,7 +136,12 @@ def _rope_problems(rope: dict[str, Any]) -> Iterator[str]:
         yield f"rope_theta is {_shown(rope.get('rope_theta'))}: must be a number"
     for key, value in rope.items():
         if isinstance(value, dict):
-            yield f"{key} of RoPE is {_shown(value)}: layers that differ in RoPE are not supported"
+            yield f"{_named(key)} of RoPE is {_shown(value)}: layers that differ in RoPE are not supported"
+
+
+def _named(key: str) -> str:
+    """A key of the file in one line."""
+    return key if key.isprintable() and key.strip() else _shown(key)
 
 
 def _shown(value: Any) -> str:

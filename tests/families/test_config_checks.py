@@ -206,6 +206,14 @@ types = st.sampled_from(["default", "linear", "dynamic", "yarn", "longrope", "ll
 KEYS = [*PLAIN, "head_dim", "rope_scaling", "rope_parameters", "layer_types", "tie_word_embeddings", "attention_bias"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{"rope_scaling": {"rope_type": "default", "a\nb": False}}, {"a\nsoftcapping": 3.0}]
+)
+def test_a_key_s_name_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PLAIN | changes))
+    assert "'a\\n" in message_of(tmp_path)
+
+
 @settings(max_examples=150, suppress_health_check=list(HealthCheck), deadline=10_000)
 @given(
     changes=st.dictionaries(st.sampled_from(KEYS), anything, max_size=2),
