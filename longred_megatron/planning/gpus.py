@@ -66,9 +66,10 @@ def read_gpu(name: str) -> Gpu:
 
 
 def gpu_of_card(card: str, memory_bytes: float) -> Gpu | None:
-    """The GPU of gpus.yaml that a driver calls `card`, such as "NVIDIA H100 80GB HBM3"; None: it is not there."""
+    """The GPU of gpus.yaml that a driver calls `card`, such as "NVIDIA H100 80GB HBM3"; None: it is not there, as those
+    on PCIe, which have other peaks and links."""
     words = re.split(r"\W+", card.lower())
-    for name in _read(KNOWN)["gpus"]:
+    for name in _read(KNOWN)["gpus"] if "pcie" not in words else ():
         gpu = read_gpu(name)
         if name.partition("-")[0] in words and abs(gpu.memory_bytes - memory_bytes) < 0.1 * memory_bytes:
             return gpu

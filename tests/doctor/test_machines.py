@@ -109,6 +109,8 @@ def test_time_stands_beside_the_plan(tmp_path: Path) -> None:
         ("NVIDIA GB200", 198.0, "gb200-186gb"),
         ("NVIDIA B200", 191.5, "b200-180gb"),
         ("NVIDIA H100 NVL", 100.0, None),
+        ("NVIDIA H100 PCIe", 85.0, None),
+        ("NVIDIA A100-PCIE-40GB", 42.5, None),
     ],
 )
 def test_a_card_is_known_by_its_name_and_memory(card: str, gigabytes: float, name: str | None) -> None:
