@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from longred_megatron.device import on_gpu
 
@@ -89,7 +90,7 @@ def install() -> None:
         setattr(torch.cuda, name, replacement)
     # `with torch.device(...)`, which transformers loads models under, knows the factories by identity from a list made
     # at its first use: made before they are replaced, or it would miss every one of them.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

@@ -99,7 +99,7 @@ def test_torch_takes_the_product_that_a_gpu_without_apex_needs(monkeypatch: pyte
     monkeypatch.setattr(kernel, "_add_product_of_apex", None)
     with FakeTensorMode():
         total, gradient, states = (
-            torch.empty(*size, device="cuda", dtype=dtype)
+            torch.empty(()).new_empty(size, device="cuda", dtype=dtype)  # `torch.empty` may be the CPU shim's
             for size, dtype in (
                 ((VOCAB, HIDDEN), torch.float32),
                 ((TOKENS, VOCAB), torch.bfloat16),
