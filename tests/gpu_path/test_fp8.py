@@ -141,6 +141,18 @@ def test_fp32_has_no_attention_but_the_unfused(on_card: Any, monkeypatch: pytest
     assert backend["bf16", "0"] == backend["bf16", "1"] == "cuDNN's fused attention"
 
 
+@pytest.mark.parametrize("scaling", ["delayed", "tensorwise"])
+def test_fp8_attention_takes_no_fp32(scaling: Scaling, on_card: Any) -> None:
+    on_card(card := Card((10, 0), (9, 21, 0), (13, 0)))
+    taken, refused = {}, {}
+    for params in ("fp32", "bf16"):
+        precision = Precision(params=params, fp8="hybrid", fp8_recipe=scaling, fp8_attention=True)
+        taken[params] = transformer_engine_takes(precision, 128, **BSHD)
+        refused[params] = list(precision.problems(Sizes(4096, {}, {"model.hf": 128}), card))
+    assert taken == {"fp32": False, "bf16": True} and not refused["bf16"]
+    assert [problem.split(":")[0] for problem in refused["fp32"]] == ["`precision.params` is 'fp32'"]
+
+
 @pytest.mark.parametrize("scaling", get_args(Scaling))
 def test_multiples_of_tokens(scaling: Scaling) -> None:
     precision = Precision(fp8="hybrid", fp8_recipe=scaling)

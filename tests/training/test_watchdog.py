@@ -72,7 +72,7 @@ def test_a_rank_that_fails_ends_the_job_at_once_and_leaves_its_traceback(tmp_pat
     ended = time.time()
     assert done.returncode != 0
     [failed] = re.findall(r"failing at ([\d.]+)", done.stdout)
-    assert ended - float(failed) < 30  # the tests beside it take the processor too
+    assert ended - float(failed) < 10  # 0.8 on a machine that does nothing else
     assert "unexpected error: RuntimeError: a made-up failure" in done.stderr
     reports = [path.read_text() for path in (tmp_path / "run").glob("unexpected-error-*.txt")]  # and the other rank's
     assert any('raise RuntimeError("a made-up failure")' in report for report in reports)
