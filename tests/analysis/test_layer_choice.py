@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from longred_megatron.analysis.layer_choice import LayerDrift
 from longred_megatron.analysis.measure import Drift, Subject, measure_drift
 from longred_megatron.analysis.walk import open_network, other_rotary
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
-from tests.checkpoint.small_models import edit_json
 from tests.training.workspace import make_workspace
 from tools.select_layers import main
 
@@ -24,34 +24,51 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
-def attentions(folder: Path, tokens: torch.Tensor) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def plain(folder: Path, tokens: torch.Tensor, **rope: Any) -> Any:
+    """What transformers gives for the model with other `rope_parameters`."""
+    config = AutoConfig.from_pretrained(folder)
+    config.rope_parameters = config.rope_parameters | rope
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
-        return [each.double() for each in model(tokens, output_attentions=True).attentions]
+        return model(tokens, labels=tokens, output_attentions=True, output_hidden_states=True)
+
+
+def check_drift(found: dict[str, Any], before: Any, after: Any) -> None:
+    """Of every layer and head, against transformers."""
+    for k, (p, q) in enumerate(zip(before.attentions, after.attentions, strict=True), start=1):
+        p, q = p.double(), q.double()
+        kl = (p * (p.log() - q.log())).nan_to_num(0).sum(-1).mean((0, 2))
+        torch.testing.assert_close(torch.tensor(found["heads"][str(k)]).double(), kl, rtol=1e-3, atol=1e-7)
+        assert found["layers"][str(k)] == pytest.approx(kl.mean().item(), rel=1e-3)
 
 
 def test_the_files_hold_what_transformers_gives(recipe: Path, tmp_path: Path, capsys: Any) -> None:
     output, model = tmp_path / "out", recipe.parent / "model"
-    arguments = [str(recipe), "--texts", "5", "--length", "48", "--output", str(output)]
-    main([*arguments, "--rope", "pi", "{method: abf, theta: 1.0e8}"])
+    ropes = {
+        "{method: pi, factor: 4}": {"rope_type": "linear", "factor": 4.0},
+        "{method: abf, theta: 1.0e8}": {"rope_theta": 1e8},
+    }
+    main([str(recipe), "--texts", "5", "--length", "48", "--output", str(output), "--rope", *ropes])
     drift = json.loads((output / "drift.json").read_text())
     tokens = load_file(output / "tokens.safetensors")["tokens"]
     assert tokens.shape == (5, 48) and set(drift) == {"layers", "heads", "ranking", "chosen"}
-    before = attentions(model, tokens)
-    config = (model / "config.json").read_text()
-    try:
-        edit_json(model / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-        after = attentions(model, tokens)
-    finally:
-        (model / "config.json").write_text(config)
-    for k, (p, q) in enumerate(zip(before, after, strict=True), start=1):
-        plain = (p * (p.log() - q.log())).nan_to_num(0).sum(-1).mean((0, 2))
-        torch.testing.assert_close(torch.tensor(drift["heads"][str(k)]).double(), plain, rtol=1e-3, atol=1e-7)
-        assert drift["layers"][str(k)] == pytest.approx(plain.mean().item(), rel=1e-3)
+    before = plain(model, tokens)
+    check_drift(drift, before, plain(model, tokens, rope_theta=1e6))
     assert drift["ranking"] == sorted(range(1, 5), key=lambda k: -drift["layers"][str(k)])
     assert drift["chosen"] == [next(k for k in drift["ranking"] if k != 4), 4]  # the recipe names two
     sweep = json.loads((output / "results.json").read_text())["sweep"]
-    assert [each["rope"] for each in sweep] == ["pi", "abf theta 1e+08"]
+    assert [each["rope"] for each in sweep] == ["pi factor 4", "abf theta 1e+08"]
+    for found, rope in zip(sweep, ropes.values(), strict=True):
+        after = plain(model, tokens, **rope)
+        check_drift(found, before, after)
+        losses = [found["original_loss"], found["loss"]]
+        assert losses == pytest.approx([before.loss.item(), after.loss.item()], rel=1e-4)
+        for k, (a, b) in enumerate(zip(before.hidden_states, after.hidden_states, strict=True)):
+            if k > 0:
+                cosine = F.cosine_similarity(a, b, dim=-1).mean().item()
+                assert found["similarity"][str(k)] == pytest.approx(cosine, abs=1e-4)
     shown = capsys.readouterr().out
     assert f"layers: {sorted(drift['chosen'])}" in shown and "What each RoPE alone breaks" in shown
     assert (output / "report.html").read_text().count("<svg") == 3
