@@ -20,14 +20,14 @@ EXAMPLES = """examples:
   # what FP8's casts do to a model, before a GPU is at hand
   python tools/analyze.py fp8 --hf models/base --output runs/fp8 --text texts/books --lengths 512 4096 32768
 
-The output folder gets report.html, results.json and, but for fp8, tokens.safetensors. It must be new, empty, or hold an
+The output folder gets report.html, results.json and tokens.safetensors. It must be new, empty, or hold an
 earlier study of the kind."""
 STUDIES = {
     "drift": "attention drift, similarity and loss of models and checkpoints against the original, by layer and head",
     "positional-vectors": "hidden states' share that depends on the position alone, in and outside of the window",
     "perturbation": "how copies of one sequence in a window differ, by layer and distance",
     "query-states": "what changed in queries, keys, values and their weights, by layer, head and frequency band",
-    "fp8": "loss and hidden states with emulated FP8 against bf16, by length of the text",
+    "fp8": "loss, hidden states and gradients with emulated FP8 against bf16, by length of the text",
 }
 """Name -> what it shows; each is a module of longred_megatron/analysis/ with `add_arguments` and `study`."""
 

@@ -1,10 +1,10 @@
-"""Loss and hidden states with emulated FP8 against the model in bf16, by length of the text."""
+"""Loss, hidden states and gradients with emulated FP8 against the model in bf16, by length of the text."""
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import matplotlib
 import torch
@@ -14,7 +14,7 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor
 from tqdm import tqdm
 
-from longred_megatron.analysis.emulated_fp8 import Emulator
+from longred_megatron.analysis.emulated_fp8 import Emulator, linear_layers
 from longred_megatron.analysis.measure import Ranks
 from longred_megatron.analysis.page import Study
 from longred_megatron.checkpoint.causal_model import load_causal_model
@@ -31,12 +31,19 @@ KIND = "longred-megatron study of emulated FP8"
 WITH_ATTENTION = "+attention"
 RECIPES = (*get_args(Scaling), f"delayed{WITH_ATTENTION}")
 NOTE = (
-    "Emulated: casts to E4M3 in the linear layers (+attention: in the attention core too), sums in fp32, forward "
-    "passes only. Not seen: the hardware's shorter sums, and E5M2 in the backward pass"
+    "Emulated: casts to E4M3, of gradients to E5M2, in the linear layers (+attention: in the attention core too), "
+    "sums in fp32. Not seen: the hardware's shorter sums"
 )
 CAPTIONS = {
     "loss": "What a recipe's casts cost on these texts. Take one whose line stays flat up to the length you train at.",
     "hidden": "How far the last layer moves. If it grows with the length, compare the loss above before you train so.",
+    "gradient": "How far the step that training takes is off. Noise of some percent averages out over a batch; a line "
+    "that grows with the length does not.",
+}
+TITLES = {
+    "loss": "loss above bf16, nats a token (emulated FP8)",
+    "hidden": "last layer: |h - h bf16| / |h bf16| (emulated FP8)",
+    "gradient": "weights' gradient: |g - g bf16| / |g bf16| (emulated FP8)",
 }
 
 
@@ -44,7 +51,8 @@ CAPTIONS = {
 class Gap:
     """Of one FP8 recipe at one length, over its windows; loss in nats a token.
 
-    hidden: |h - h_bf16| / |h_bf16|, Frobenius norms over all tokens, of each layer's output from 1 on.
+    hidden: |h - h_bf16| / |h_bf16|, Frobenius norms over all tokens, of each layer's output from 1 on. gradient: the
+    same of the loss's gradient by the weights of all linear layers, a window at a time; None with --forward-only.
     """
 
     recipe: str
@@ -53,6 +61,7 @@ class Gap:
     loss_bf16: float
     loss: float
     hidden: tuple[float, ...]
+    gradient: float | None
 
     @property
     def loss_gap(self) -> float:
@@ -75,6 +84,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--windows", default=2, **number, help="windows, of the longest length (%(default)s)")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), help="default: all of them")
+    parser.add_argument(
+        "--forward-only", action="store_true", help="no gradients, which take several times the memory and time"
+    )
     parser.add_argument("--seed", default=2024, **number, help="choice of the windows (%(default)s)")
 
 
@@ -98,7 +110,10 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     lengths = sorted(set(options.lengths))
     tokens = _windows(options, lengths[-1])
     device = resolve_device("auto")
-    network = load_causal_model(options.hf, torch.bfloat16).to(device)
+    network = load_causal_model(options.hf, torch.bfloat16).to(device).requires_grad_(False)
+    if not options.forward_only:
+        for module in linear_layers(network):
+            module.weight.requires_grad_()
     if not head_is_plain(network, device):
         raise UserError(f"{options.hf}: its logits are not its head on the last hidden states; not supported here")
     bar = tqdm(total=(1 + len(options.recipes)) * len(tokens) * len(lengths), unit="pass", disable=None)
@@ -109,7 +124,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         f"FP8, emulated: {options.hf.name}",
         [NOTE + ".", f"Model {options.hf}, weights and all else in bf16; the same windows for every recipe."],
         _table(gaps),
-        [_figure(gaps, "loss"), _figure(gaps, "hidden")],
+        [_figure(gaps, what) for what in list(TITLES)[: 2 if options.forward_only else 3]],
         {"emulated": NOTE, "hf": str(options.hf), "gaps": [asdict(gap) | {"loss_gap": gap.loss_gap} for gap in gaps]},
         tokens,
     )
@@ -126,31 +141,35 @@ def _windows(options: Namespace, length: int) -> Tensor:
     return cut_windows(source, load_encoder(options.hf), length, options.windows, options.seed).tokens
 
 
-@torch.inference_mode()
 def _gaps(network: Any, tokens: Tensor, recipes: Sequence[str], bar: Any) -> list[Gap]:
-    """The gaps of all recipes at one length; hidden states of two passes of one window exist at a time."""
-    count, length = tokens.shape
+    """The gaps of all recipes at one length; the values of two passes of one window exist at a time."""
+    (count, length), layers = tokens.shape, network.config.num_hidden_layers
     emulators = {recipe: _emulator(network, recipe) for recipe in recipes}
     losses = dict.fromkeys(("bf16", *recipes), 0.0)
-    layers = network.config.num_hidden_layers
-    errors = {recipe: torch.zeros(layers, dtype=torch.float64) for recipe in recipes}
-    sizes = torch.zeros(layers, dtype=torch.float64)
+    errors, sizes = {recipe: torch.zeros(()) for recipe in recipes}, torch.zeros(())
     for window in tokens.split(1):
         plain, loss = _pass(network, window)
         losses["bf16"] += loss / count
-        sizes += torch.tensor([x.float().square().sum().item() for x in plain], dtype=torch.float64)
+        sizes = sizes + _squares(plain)
         bar.update()
         for recipe, emulator in emulators.items():
             with emulator.on():
-                states, loss = _pass(network, window)
+                values, loss = _pass(network, window)
             losses[recipe] += loss / count
-            squares = [(a.float() - b.float()).square().sum().item() for a, b in zip(states, plain, strict=True)]
-            errors[recipe] += torch.tensor(squares, dtype=torch.float64)
+            errors[recipe] = errors[recipe] + _squares(a.float() - b for a, b in zip(values, plain, strict=True))
             bar.update()
-    return [
-        Gap(recipe, length, count, losses["bf16"], losses[recipe], tuple((errors[recipe] / sizes).sqrt().tolist()))
-        for recipe in recipes
-    ]
+    gaps = []
+    for recipe in recipes:
+        hidden = (errors[recipe] / sizes)[:layers].sqrt().tolist()
+        weights = errors[recipe][layers:].sum() / sizes[layers:].sum()
+        gradient = weights.sqrt().item() if len(sizes) > layers else None
+        gaps.append(Gap(recipe, length, count, losses["bf16"], losses[recipe], tuple(hidden), gradient))
+    return gaps
+
+
+def _squares(values: Iterable[Tensor]) -> Tensor:
+    """[values], sums of squares."""
+    return torch.tensor([x.float().square().sum().item() for x in values], dtype=torch.float64)
 
 
 def _emulator(network: Any, recipe: str) -> Emulator:
@@ -158,41 +177,62 @@ def _emulator(network: Any, recipe: str) -> Emulator:
     return Emulator(network, scaling, attention=recipe.endswith(WITH_ATTENTION))
 
 
-def _pass(network: Any, window: Tensor) -> tuple[Sequence[Tensor], float]:
-    """Each layer's output (the last one's after the final norm), and the mean next-token loss of one window.
+def _pass(network: Any, window: Tensor) -> tuple[list[Tensor], float]:
+    """Each layer's output (the last one's after the final norm), then the gradient of each weight that takes one; and
+    the mean next-token loss of one window.
 
     One pass, so that delayed scales see each window once; logits exist for some positions at a time.
     """
-    window = window.to(network.device)
-    states = network.base_model(input_ids=window, use_cache=False, output_hidden_states=True).hidden_states[1:]
-    head, total = network.get_output_embeddings(), 0.0
-    pairs = zip(states[-1][0, :-1].split(CHUNK_TOKENS), window[0, 1:].split(CHUNK_TOKENS), strict=True)
-    for hidden, labels in pairs:
-        total += F.cross_entropy(head(hidden).float(), labels, reduction="sum").item()
-    return states, total / (window.shape[1] - 1)
+    window, head = window.to(network.device), network.get_output_embeddings()
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+    with torch.set_grad_enabled(bool(weights)):
+        base = network.base_model(input_ids=window, use_cache=False, output_hidden_states=True)
+        last, total = base.last_hidden_state.detach().requires_grad_(bool(weights)), 0.0
+        pairs = zip(last[0, :-1].split(CHUNK_TOKENS), window[0, 1:].split(CHUNK_TOKENS), strict=True)
+        for hidden, labels in pairs:
+            loss = F.cross_entropy(head(hidden).float(), labels, reduction="sum") / (window.shape[1] - 1)
+            total += loss.item()
+            if weights:
+                loss.backward()
+        gradients = torch.autograd.grad(base.last_hidden_state, weights, last.grad) if weights else ()
+    return [*(state.detach() for state in base.hidden_states[1:]), *gradients], total
 
 
 def _table(gaps: Sequence[Gap]) -> list[list[str]]:
-    rows = [["recipe", "tokens", "windows", "loss bf16", "emulated", "gap", "last layer's gap", "largest gap"]]
+    rows = [
+        [
+            "recipe",
+            "tokens",
+            "windows",
+            "loss bf16",
+            "emulated",
+            "gap",
+            "last layer's gap",
+            "largest gap",
+            "gradient's gap",
+        ]
+    ]
     for gap in gaps:
         losses = [f"{gap.loss_bf16:.4f}", f"{gap.loss:.4f}", f"{gap.loss_gap:+.4f}"]
         hidden = [f"{gap.hidden[-1]:.4f}", f"{max(gap.hidden):.4f}"]
+        hidden.append("" if gap.gradient is None else f"{gap.gradient:.4f}")
         rows.append([gap.recipe, f"{gap.length:,}", str(gap.num_windows), *losses, *hidden])
     return rows
 
 
-def _figure(gaps: Sequence[Gap], what: Literal["loss", "hidden"]) -> Plot:
-    """The gap in the loss, or of the last layer's hidden states, over the length of the text."""
+def _figure(gaps: Sequence[Gap], what: str) -> Plot:
+    """The gap in the loss, of the last layer's hidden states, or of gradients, over the length of the text."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10.4, 3.6), layout="constrained")
         axes = figure.subplots()
         for order, recipe in enumerate(dict.fromkeys(gap.recipe for gap in gaps)):
             own = [gap for gap in gaps if gap.recipe == recipe]
-            values = [gap.loss_gap if what == "loss" else gap.hidden[-1] for gap in own]
+            values: list[Any] = [
+                {"loss": gap.loss_gap, "hidden": gap.hidden[-1], "gradient": gap.gradient}[what] for gap in own
+            ]
             style: dict[str, Any] = {"color": MODEL_COLOURS[order], "marker": MARKERS[order], "label": recipe}
             axes.plot([gap.length for gap in own], values, **style)
-        loss = "loss above bf16, nats a token (emulated FP8)"
-        axes.set_title(loss if what == "loss" else "last layer: |h - h bf16| / |h bf16| (emulated FP8)")
+        axes.set_title(TITLES[what])
         lengths = sorted({gap.length for gap in gaps})
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
