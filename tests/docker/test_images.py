@@ -258,7 +258,10 @@ for process in pathlib.Path("/proc").glob("[0-9]*"):
 """
 
 
-def test_the_health_check_names_a_rank_that_stands(endless: str) -> None:
+def test_the_health_check_names_a_rank_that_stands(endless: str, caller_folder: Path) -> None:
+    beat, deadline = caller_folder / "run/ranks/rank-00000.json", time.monotonic() + 60
+    while "step" not in json.loads(beat.read_text())["doing"] and time.monotonic() < deadline:
+        time.sleep(1)  # beats are seconds apart
     check = ["exec", endless, "python", f"{PROJECT}/docker/healthcheck.py"]
     assert docker(*check, check=False).returncode == 0
     docker("exec", endless, "python", "-c", STOP)
