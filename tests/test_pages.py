@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from longred_megatron import train
 from longred_megatron.bench.base import QUICK
 from longred_megatron.bench.report import write_report as write_bench
 from longred_megatron.bench.results import Result, Timed
@@ -40,6 +41,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     texts, models = ("--text", str(folder / "texts")), ("--hf", str(folder / "model"), str(folder / "teacher"))
     for study, more in STUDIES.items():
         analyze.main([study, *models, *texts, "--texts", "3", *more, "--output", str(folder / study)])
+    steps = ("training.steps=2", "training.checkpoint_every_steps=1", "training.keep_checkpoints=2")
+    train.main([str(recipe), *steps])
+    series = ("--runs", str(folder / "run"), "--scores", "60", "57", "55", "58", "--texts", "3")
+    analyze.main(["drift", *models, *texts, *series, "--output", str(folder / "drift_series")])
     lengths = ("--lengths", "16", "32", "--recipes", "tensorwise", "delayed+attention")
     analyze.main(["fp8", *models[:2], *texts, *lengths, "--output", str(folder / "fp8")])
     more = ("--texts", "2", "--rope", "yarn", "--output", str(folder / "layers"))
@@ -80,7 +85,9 @@ def study_page(folder: Path) -> Path:
     return folder / "toy/report/report.html"
 
 
-@pytest.mark.parametrize("name", [*STUDIES, "fp8", "layers", "evaluation", "study", "plan", "doctor", "bench"])
+@pytest.mark.parametrize(
+    "name", [*STUDIES, "drift_series", "fp8", "layers", "evaluation", "study", "plan", "doctor", "bench"]
+)
 def test_a_page_can_be_read(name: str, pages: Mapping[str, Path], tmp_path: Path) -> None:
     by_day, by_night = (look(pages[name], tmp_path, dark) for dark in (False, True))
     assert by_day.paper > 0.8 and by_night.paper < 0.05

@@ -65,11 +65,13 @@ def _sweep_lines(phase: Phase, found: LayerDrift) -> list[str]:
     if not found.sweep:
         return []
     shown = [
-        f"{name}: loss {drift.original_loss:.4f} -> {drift.loss:.4f}, similarity {drift.similarity.mean():.4f}, "
-        f"drift {drift.layers.mean():.3e}"
+        "{}: drift {}, similarity {}, loss {}".format(name, *drift.shown())
         for name, drift in _all(phase, found).items()
     ]
-    return ["What each RoPE alone breaks, before any training:", *shown]
+    about = (
+        f"What each RoPE alone breaks, before any training (the original's loss is {found.drift.original_loss:.4f}):"
+    )
+    return [about, *shown, "In brackets: 95 % intervals, over texts."]
 
 
 def _figures(phase: Phase, found: LayerDrift, chosen: list[int]) -> list[Plot]:

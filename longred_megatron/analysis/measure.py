@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longred_megatron.analysis.walk import LayerValues, walk
 from longred_megatron.errors import UserError
+from longred_megatron.evaluation.intervals import Interval, mean_interval
 from longred_megatron.evaluation.models import CHUNK_TOKENS, resolve_device
 from longred_megatron.kernels.attention_divergence import attention_divergence
 from longred_megatron.parallel.world import world
@@ -99,12 +100,19 @@ class Drift:
 
     heads: [layers, heads], KL(original || model) of the attention of each head, in nats.
     similarity: [layers], cosine of the layers' outputs. loss, original_loss: of the next token, in nats.
+    by_text: [texts, 3], of each text the mean KL, the mean similarity, and the loss less the original's.
     """
 
     heads: Tensor
     similarity: Tensor
     loss: float
     original_loss: float
+    by_text: Tensor
+
+    @property
+    def intervals(self) -> list[Interval | None]:
+        """95 %, over texts, of the three means in `by_text`; None for a single text."""
+        return list(mean_interval(self.by_text.numpy(), range(len(self.by_text))) or (None, None, None))
 
     @property
     def layers(self) -> Tensor:
@@ -122,7 +130,22 @@ class Drift:
             "mean_similarity": self.similarity.mean().item(),
             "loss": self.loss,
             "original_loss": self.original_loss,
+            "intervals": {
+                name: each and [each.low, each.high]
+                for name, each in zip(("mean_drift", "mean_similarity", "loss_change"), self.intervals, strict=True)
+            },
         }
+
+    def shown(self) -> list[str]:
+        """For people: the mean KL, the mean similarity, and the change of the loss."""
+        of_drift, of_similarity, of_loss = self.intervals
+        return [
+            f"{self.layers.mean():.3e}" + (f" ({of_drift.low:.2e} to {of_drift.high:.2e})" if of_drift else ""),
+            f"{self.similarity.mean():.4f}"
+            + (f" ({of_similarity.low:.4f} to {of_similarity.high:.4f})" if of_similarity else ""),
+            f"{self.loss - self.original_loss:+.4f}"
+            + (f" ({of_loss.low:+.4f} to {of_loss.high:+.4f})" if of_loss else ""),
+        ]
 
 
 @torch.inference_mode()
@@ -136,21 +159,30 @@ def measure_drift(
     config, (num_texts, length) = original.network.config, tokens.shape
     layers, heads, count, ranks = config.num_hidden_layers, config.num_attention_heads, len(others), ranks or Ranks()
     drift, similarity = torch.zeros(count, layers, heads).double(), torch.zeros(count, layers).double()
-    losses = torch.zeros(count + 1).double()
-    for text in ranks.part(tokens).split(1):
+    losses, by_text = torch.zeros(count + 1).double(), torch.zeros(count, num_texts, 3).double()
+    for number, text in zip(range(num_texts)[ranks.rank :: ranks.size], ranks.part(tokens).split(1), strict=True):
         walks = zip(original.walk(text), *(other.walk(text) for other in others), strict=True)
         for theirs, *ours in walks:
             k = theirs.layer - 1
             for i, each in enumerate(ours):
-                drift[i, k] += _divergence(theirs, each).sum((0, 2)).cpu()
-                similarity[i, k] += F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
-        for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
-            losses[i] += next_token_loss(subject.network, last.hidden, text)
+                divergence = _divergence(theirs, each).sum((0, 2)).cpu()
+                cosine = F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
+                drift[i, k] += divergence
+                similarity[i, k] += cosine
+                by_text[i, number, :2] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
+        own = [
+            next_token_loss(s.network, x.hidden, text)
+            for s, x in zip((original, *others), (theirs, *ours), strict=True)
+        ]
+        losses += torch.tensor(own)
+        by_text[:, number, 2] = torch.tensor(own[1:]) - own[0]
         if bar is not None:
             bar.update()
     drift, similarity, losses = (ranks.total(each) / num_texts for each in (drift, similarity, losses))
+    by_text = ranks.total(by_text)
     return [
-        Drift(drift[i] / length, similarity[i] / length, losses[i + 1].item(), losses[0].item()) for i in range(count)
+        Drift(drift[i] / length, similarity[i] / length, losses[i + 1].item(), losses[0].item(), by_text[i])
+        for i in range(count)
     ]
 
 

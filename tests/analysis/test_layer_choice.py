@@ -63,6 +63,10 @@ def test_the_files_hold_what_transformers_gives(recipe: Path, tmp_path: Path, ca
     for found, rope in zip(sweep, ropes.values(), strict=True):
         after = plain(model, tokens, **rope)
         check_drift(found, before, after)
+        intervals = found["intervals"]
+        for name in ("mean_drift", "mean_similarity"):
+            assert intervals[name][0] < found[name] < intervals[name][1]
+        assert intervals["loss_change"][0] < found["loss"] - found["original_loss"] < intervals["loss_change"][1]
         losses = [found["original_loss"], found["loss"]]
         assert losses == pytest.approx([before.loss.item(), after.loss.item()], rel=1e-4)
         for k, (a, b) in enumerate(zip(before.hidden_states, after.hidden_states, strict=True)):
@@ -90,7 +94,7 @@ def test_drift_grows_with_theta_and_factor() -> None:
 
 def test_the_last_layer_is_chosen_once_and_at_the_end() -> None:
     layers = torch.tensor([0.1, 0.4, 0.2, 0.3])
-    found = LayerDrift(Drift(layers[:, None], layers, 0.0, 0.0), torch.zeros(1, 2), {})
+    found = LayerDrift(Drift(layers[:, None], layers, 0.0, 0.0, torch.zeros(1, 3)), torch.zeros(1, 2), {})
     assert found.ranking == [2, 4, 3, 1]
     assert [found.chosen(count) for count in (1, 2, 3, 4)] == [[4], [2, 4], [2, 3, 4], [2, 3, 1, 4]]
 

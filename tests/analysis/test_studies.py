@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from longred_megatron.analysis import drift
+from longred_megatron.analysis.inputs import Model
+from longred_megatron.analysis.measure import Drift
 from longred_megatron.errors import UserError
 from tests.checkpoint.small_models import edit_json, write_model
 from tests.training.workspace import make_workspace
@@ -68,18 +71,35 @@ def test_drift_is_that_of_plain_attentions(folder: Path, tmp_path: Path) -> None
     assert tokens.shape == (3, 40) and [each["score_kept"] for each in results["models"]] == [0.95, 1.0]
     other, itself = (each["drift"] for each in results["models"])
     assert set(itself) == {"16", "40"}
-    for drift in itself.values():
-        assert drift["mean_drift"] == 0 and drift["mean_similarity"] == pytest.approx(1)
-    for length, drift in other.items():
+    for found in itself.values():
+        assert found["mean_drift"] == 0 and found["mean_similarity"] == pytest.approx(1)
+        assert found["intervals"]["mean_drift"] == found["intervals"]["loss_change"] == [0, 0]
+    for length, found in other.items():
         (_, a), (_, b) = (plain(folder / name, tokens[:, : int(length)]) for name in ("model", "teacher"))
         for k in range(1, 5):
             p, q = a.attentions[k - 1].double(), b.attentions[k - 1].double()
             heads = (p * (p.log() - q.log())).nan_to_num(0).sum(-1).mean((0, 2))
-            torch.testing.assert_close(torch.tensor(drift["heads"][str(k)]).double(), heads, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(torch.tensor(found["heads"][str(k)]).double(), heads, rtol=1e-3, atol=1e-6)
             cosine = F.cosine_similarity(a.hidden_states[k], b.hidden_states[k], dim=-1).mean().item()
-            assert drift["similarity"][str(k)] == pytest.approx(cosine, abs=1e-4)
+            assert found["similarity"][str(k)] == pytest.approx(cosine, abs=1e-4)
         loss = F.cross_entropy(b.logits[:, :-1].flatten(0, 1), tokens[:, 1 : int(length)].flatten()).item()
-        assert drift["loss"] == pytest.approx(loss, rel=1e-4)
+        assert found["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_trend_and_scores_are_those_of_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    plotted = {}
+    monkeypatch.setattr(drift, "lines", lambda panels, name, *rest, **more: plotted.update({name: panels}))
+    monkeypatch.setattr(drift, "grids", lambda *rest: None)
+
+    def result(run_name: str, step: int, kl: float, similarity: float, kept: float) -> drift.Result:
+        model = Model("", Path(run_name) / "checkpoints" / str(step), None, step)  # type: ignore[arg-type]
+        values = Drift(torch.full((2, 3), kl), torch.full((2,), similarity), 1.0, 1.0, torch.zeros(1, 3))
+        return drift.Result(model, 64, values, kept)
+
+    drift._figures([result("a", 2, 0.5, 0.75, 0.5), result("b", 1, 4.0, 0.25, 0.25), result("a", 1, 2.0, 0.5, 1)])
+    assert plotted["trend"]["attention KL (nats)"] == {"a": ([1, 2], [2, 0.5]), "b": ([1], [4])}
+    assert plotted["trend"]["similarity"] == {"a": ([1, 2], [0.5, 0.75]), "b": ([1], [0.25])}
+    assert plotted["scores"]["score kept"] == {"models": ([0.25, 0.5, 0.75], [0.25, 1, 0.5])}
 
 
 @pytest.mark.parametrize("points", [80, 8])
