@@ -16,8 +16,8 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Sum over tokens of 1 - cos(student, teacher), a scalar in fp32 (fp64 for fp64 inputs).
 
     student, teacher: hidden states of one layer, [tokens, 1, hidden] (any shape that ends in hidden). The
-    gradient has the student's dtype; the teacher gets none. Only the two inputs are kept for the backward
-    pass, and all arithmetic is in fp32 on chunks of tokens.
+    gradient has the student's dtype; the teacher gets none. Only the two inputs and three numbers a token are kept for
+    the backward pass, and all arithmetic is in fp32 on chunks of tokens.
 
     In LongReD's Eq. 18, L_short is the sum of this over the distilled layers, L_s2l this on the last layer.
     Divided by the number of tokens N_i it is one term of the step loss
@@ -37,24 +37,23 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
 class _CosineDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        ctx.save_for_backward(student, teacher)
-        loss = torch.zeros((), dtype=_arithmetic_dtype(student), device=student.device)
-        for student_chunk, teacher_chunk in zip(_chunks(student), _chunks(teacher), strict=True):
-            s, t, _ = _directions(student_chunk, teacher_chunk)
-            loss += (1 - (s * t).sum(-1)).sum()
-        return loss
+        chunks = zip(_chunks(student), _chunks(teacher), strict=True)
+        of_tokens = torch.cat([_cosine_and_norms(*chunk) for chunk in chunks], dim=1)
+        ctx.save_for_backward(student, teacher, of_tokens)
+        return (1 - of_tokens[0]).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:
-        """d(1 - cos)/d student = (cos * s - t) / |student|, where s, t are the unit vectors of the two."""
-        student, teacher = ctx.saved_tensors
+        """d(1 - cos)/d student = (cos * student / |student| - teacher / |teacher|) / |student|."""
+        student, teacher, of_tokens = ctx.saved_tensors
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
-        chunks = zip(_chunks(student), _chunks(teacher), _chunks(gradient), strict=True)
-        for student_chunk, teacher_chunk, gradient_chunk in chunks:
-            s, t, norm = _directions(student_chunk, teacher_chunk)
-            cosine = (s * t).sum(-1, keepdim=True)
-            gradient_chunk.copy_((cosine * s).sub_(t).mul_(grad_loss / norm))
+        in_chunks = of_tokens.split(_chunk_tokens(student), dim=1)
+        chunks = zip(_chunks(student), _chunks(teacher), _chunks(gradient), in_chunks, strict=True)
+        for s, t, out, (cosine, student_norm, teacher_norm) in chunks:
+            scale = grad_loss / student_norm
+            by_student, by_teacher = cosine * scale / student_norm, -scale / teacher_norm
+            out.copy_((s * by_student[:, None]).addcmul_(t, by_teacher[:, None]))
         return gradient, None
 
 
@@ -64,13 +63,15 @@ def _arithmetic_dtype(tensor: Tensor) -> torch.dtype:
 
 def _chunks(hidden: Tensor) -> tuple[Tensor, ...]:
     """Views [chunk, hidden] of [..., hidden]."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return rows.split(max(1, CHUNK_BYTES // (4 * hidden.shape[-1])))
+    return hidden.reshape(-1, hidden.shape[-1]).split(_chunk_tokens(hidden))
 
 
-def _directions(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit vectors of both, [chunk, hidden], and the student's norms, [chunk, 1]."""
+def _chunk_tokens(hidden: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (4 * hidden.shape[-1]))
+
+
+def _cosine_and_norms(student: Tensor, teacher: Tensor) -> Tensor:
+    """[3, chunk] of two [chunk, hidden]: their cosine, the student's norm, the teacher's."""
     s, t = student.to(_arithmetic_dtype(student)), teacher.to(_arithmetic_dtype(student))
-    student_norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True).clamp_min(NORM_EPSILON)
-    teacher_norm = torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp_min(NORM_EPSILON)
-    return s / student_norm, t / teacher_norm, student_norm
+    norms = [torch.linalg.vector_norm(x, dim=-1).clamp_min(NORM_EPSILON) for x in (s, t)]
+    return torch.stack([(s * t).sum(-1) / (norms[0] * norms[1]), *norms])

@@ -85,7 +85,7 @@ def test_the_teacher_gets_no_gradient():
     assert teacher.grad is None and student.grad is not None
 
 
-def test_only_the_inputs_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
+def test_the_inputs_and_three_numbers_a_token_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK_BYTES", 8 * 4 * 24)
     student, teacher = (hidden_states(64, 24, torch.bfloat16, seed) for seed in (0, 1))
     student.requires_grad_()
@@ -103,7 +103,9 @@ def test_only_the_inputs_are_saved_and_the_rest_comes_in_chunks(monkeypatch):
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), LargestFp32():
         cosine_distance(student, teacher).backward()
-    assert [tensor.data_ptr() for tensor in saved] == [student.data_ptr(), teacher.data_ptr()]
+    inputs, [of_tokens] = saved[:2], saved[2:]
+    assert [tensor.data_ptr() for tensor in inputs] == [student.data_ptr(), teacher.data_ptr()]
+    assert of_tokens.shape == (3, 64)
     assert largest_fp32 == 8 * 24
 
 
