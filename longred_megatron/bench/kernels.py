@@ -20,6 +20,7 @@ from longred_megatron.kernels.cross_entropy import linear_cross_entropy
 from longred_megatron.kernels.divergence import linear_distillation
 from longred_megatron.kernels.relation_divergence import relation_divergence
 
+SHORT = 100  # times a repeat computes a loss without products, which takes some milliseconds
 NOISE = 0.3  # of the teacher's values: how far the student's are from them
 
 
@@ -33,11 +34,12 @@ class Kernels(Comparison):
         for kernel in KERNELS:
             for tokens in (sizes.sequence_length // 2, sizes.sequence_length, 2 * sizes.sequence_length):
                 shape = Shape(tokens, sizes.hidden_size, sizes.vocabulary, sizes.heads)
+                times = 1 if kernel.flops(shape) else SHORT
                 yield Case(
                     f"{kernel.name}, {tokens} tokens, {params}",
-                    partial(LossOfTensors, kernel, "ours", shape, params),
-                    partial(LossOfTensors, kernel, "eager", shape, params),
-                    tokens,
+                    partial(LossOfTensors, kernel, "ours", shape, params, times),
+                    partial(LossOfTensors, kernel, "eager", shape, params, times),
+                    tokens * times,
                     "tokens",
                     kernel.flops(shape),
                     params,
@@ -188,22 +190,22 @@ KERNELS: tuple[Kernel, ...] = (
 
 
 class LossOfTensors(Side):
-    """A kernel's loss and, where an input wants them, its gradients. which: "ours" or "eager"."""
+    """A kernel's loss and, where an input wants them, its gradients, so many times. which: "ours" or "eager"."""
 
-    def __init__(self, kernel: Kernel, which: str, shape: Shape, params: str) -> None:
+    def __init__(self, kernel: Kernel, which: str, shape: Shape, params: str, times: int) -> None:
         torch.manual_seed(0)
         self._inputs = kernel.inputs(shape, DTYPES[params], torch.device("cuda" if on_gpu() else "cpu"))
         self._function = kernel.ours if which == "ours" else kernel.eager
+        self._times = times
         self._loss = torch.zeros(())
 
-    def before(self) -> None:
-        for each in self._inputs:
-            each.grad = None
-
     def once(self) -> None:
-        loss = self._function(*self._inputs)
-        if loss.requires_grad:
-            loss.backward()
+        for _ in range(self._times):
+            for each in self._inputs:
+                each.grad = None
+            loss = self._function(*self._inputs)
+            if loss.requires_grad:
+                loss.backward()
         self._loss = loss.detach()
 
     def facts(self) -> Facts:
