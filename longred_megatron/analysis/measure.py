@@ -137,14 +137,11 @@ class Drift:
         }
 
     def shown(self) -> list[str]:
-        """For people: the mean KL, the mean similarity, and the change of the loss."""
-        of_drift, of_similarity, of_loss = self.intervals
+        """For people, with intervals: the mean KL, the mean similarity, and the change of the loss."""
+        means = self.layers.mean().item(), self.similarity.mean().item(), self.loss - self.original_loss
         return [
-            f"{self.layers.mean():.3e}" + (f" ({of_drift.low:.2e} to {of_drift.high:.2e})" if of_drift else ""),
-            f"{self.similarity.mean():.4f}"
-            + (f" ({of_similarity.low:.4f} to {of_similarity.high:.4f})" if of_similarity else ""),
-            f"{self.loss - self.original_loss:+.4f}"
-            + (f" ({of_loss.low:+.4f} to {of_loss.high:+.4f})" if of_loss else ""),
+            f"{mean:{how}}" + (f" ({interval.low:{how}} to {interval.high:{how}})" if interval else "")
+            for mean, interval, how in zip(means, self.intervals, (".2e", ".4f", "+.4f"), strict=True)
         ]
 
 
@@ -159,7 +156,7 @@ def measure_drift(
     config, (num_texts, length) = original.network.config, tokens.shape
     layers, heads, count, ranks = config.num_hidden_layers, config.num_attention_heads, len(others), ranks or Ranks()
     drift, similarity = torch.zeros(count, layers, heads).double(), torch.zeros(count, layers).double()
-    losses, by_text = torch.zeros(count + 1).double(), torch.zeros(count, num_texts, 3).double()
+    losses, by_text = torch.zeros(count + 1, num_texts).double(), torch.zeros(count, num_texts, 2).double()
     for number, text in zip(range(num_texts)[ranks.rank :: ranks.size], ranks.part(tokens).split(1), strict=True):
         walks = zip(original.walk(text), *(other.walk(text) for other in others), strict=True)
         for theirs, *ours in walks:
@@ -169,21 +166,19 @@ def measure_drift(
                 cosine = F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
                 drift[i, k] += divergence
                 similarity[i, k] += cosine
-                by_text[i, number, :2] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
-        own = [
-            next_token_loss(s.network, x.hidden, text)
-            for s, x in zip((original, *others), (theirs, *ours), strict=True)
-        ]
-        losses += torch.tensor(own)
-        by_text[:, number, 2] = torch.tensor(own[1:]) - own[0]
+                by_text[i, number] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
+        for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
+            losses[i, number] = next_token_loss(subject.network, last.hidden, text)
         if bar is not None:
             bar.update()
-    drift, similarity, losses = (ranks.total(each) / num_texts for each in (drift, similarity, losses))
-    by_text = ranks.total(by_text)
-    return [
-        Drift(drift[i] / length, similarity[i] / length, losses[i + 1].item(), losses[0].item(), by_text[i])
-        for i in range(count)
-    ]
+    drift, similarity, losses, by_text = (ranks.total(each) for each in (drift, similarity, losses, by_text))
+    by_text = torch.cat([by_text, (losses[1:] - losses[:1])[..., None]], dim=-1)
+    drift, similarity, (original_loss, *own) = (
+        drift / tokens.numel(),
+        similarity / tokens.numel(),
+        losses.mean(1).tolist(),
+    )
+    return [Drift(drift[i], similarity[i], own[i], original_loss, by_text[i]) for i in range(count)]
 
 
 def _divergence(p: LayerValues, q: LayerValues) -> Tensor:
