@@ -22,18 +22,20 @@ class DistillationStep(Comparison):
             recipe = write_recipe(folder, sizes, {"packed_distillation": objective}, sizes.twin_layers, params)
             twin = write_recipe(folder, sizes, {"next_token": objective}, sizes.twin_layers, params)
             phase = phase_of(recipe)
-            references: dict[str, Start] = {
-                "": partial(MegatronStep, recipe, write_microbatches(phase, folder)),
-                ", against our next_token": partial(EngineStep, twin),
+            flops = step_flops(phase)
+            references: dict[str, tuple[Start, float]] = {
+                "": (partial(MegatronStep, recipe, write_microbatches(phase, folder)), flops),
+                ", against our next_token": (partial(EngineStep, twin), step_flops(phase_of(twin))),
             }
-            for against, reference in references.items():
+            for against, (reference, reference_flops) in references.items():
                 yield Case(
                     f"{sizes.twin_layers} layers of {sizes.hidden_size}, {params}{against}",
                     partial(EngineStep, recipe),
                     reference,
                     step_tokens(phase),
                     "tokens",
-                    step_flops(phase),
+                    flops,
                     params,
                     TOLERANCES[params] if not against else float("inf"),  # another loss
+                    reference_flops=reference_flops,
                 )
