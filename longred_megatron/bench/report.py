@@ -92,7 +92,7 @@ def _figure(results: Sequence[Result]) -> str:
             axes.set_xscale("log")
             axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "257" else ""))
+            axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else ""))
         speed.set_yticks(places, names)
         speed.invert_yaxis()
         return svg_of(figure, "bench")
