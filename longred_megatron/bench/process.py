@@ -108,7 +108,10 @@ def _serve(connection: Connection, start: Start, rank: int, num_ranks: int, port
         side = start()
         memory.reset_peak()
         while True:
-            connection.recv()
+            try:
+                connection.recv()
+            except EOFError:
+                return  # the one that asks has ended
             side.before()
             _wait_for_device()
             began = time.perf_counter()
@@ -116,8 +119,6 @@ def _serve(connection: Connection, start: Start, rank: int, num_ranks: int, port
             _wait_for_device()
             seconds = time.perf_counter() - began
             connection.send(Repeat(seconds, side.facts(), memory.peak()))
-    except EOFError:
-        pass  # the one that asks has ended
     except BaseException:
         connection.send(traceback.format_exc())
 

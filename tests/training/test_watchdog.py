@@ -101,10 +101,13 @@ def test_a_stopped_rank_ends_the_job_within_the_set_time(stopped: int, tmp_path:
     patience = threading.Timer(120, agent.kill)
     patience.start()
     output = ""
-    for line in agent.stdout or ():
+    assert agent.stdout is not None
+    for line in agent.stdout:
         output += line
         if "stopped or gone" in line:
             os.kill(pid, signal.SIGKILL)  # torchrun would wait for it for half a minute
+            break
+    output += agent.stdout.read()
     patience.cancel()
     assert agent.wait() != 0
     assert f"rank {stopped} (pid {pid}" in output and "stopped or gone" in output, output
