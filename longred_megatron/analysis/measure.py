@@ -16,7 +16,7 @@ from torch import Tensor
 from longred_megatron.analysis.walk import LayerValues, walk
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.intervals import Interval, mean_interval
-from longred_megatron.evaluation.models import CHUNK_TOKENS, resolve_device
+from longred_megatron.evaluation.models import resolve_device
 from longred_megatron.kernels.attention_divergence import attention_divergence
 from longred_megatron.parallel.world import world
 
@@ -149,7 +149,7 @@ class Drift:
 def measure_drift(
     tokens: Tensor, original: Subject, others: Sequence[Subject], ranks: Ranks | None = None, bar: Any = None
 ) -> list[Drift]:
-    """Drift of each of `others` on tokens [texts, length], text by text, all models in step, a layer at a time.
+    """Drift of each of `others` on tokens [texts, length], text by text, all models in step, a layer's piece at a time.
 
     bar: a progress bar, told of each text.
     """
@@ -167,8 +167,10 @@ def measure_drift(
                 drift[i, k] += divergence
                 similarity[i, k] += cosine
                 by_text[i, number] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
-        for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
-            losses[i, number] = next_token_loss(subject.network, last.hidden, text)
+            if theirs.layer == layers:
+                labels = text[0, 1:][theirs.tokens]
+                for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
+                    losses[i, number] += next_token_loss(subject.network, last.hidden, labels) / (length - 1)
         if bar is not None:
             bar.update()
     drift, similarity, losses, by_text = (ranks.total(each) for each in (drift, similarity, losses, by_text))
@@ -182,13 +184,11 @@ def measure_drift(
 
 
 def _divergence(p: LayerValues, q: LayerValues) -> Tensor:
-    return attention_divergence(p.query, p.key, q.query, q.key, p.scale, q.scale)
+    return attention_divergence(p.query, p.keys, q.query, q.keys, p.scale, q.scale)
 
 
-def next_token_loss(network: Any, hidden: Tensor, tokens: Tensor) -> float:
-    """Mean cross-entropy of one text [1, length] from its last hidden states, in nats; logits exist for some positions
-    at a time."""
-    head, labels = network.get_output_embeddings(), tokens[0, 1:].to(hidden.device)
-    chunks = zip(hidden[0, :-1].split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True)
-    total = sum(F.cross_entropy(head(chunk).float(), label, reduction="sum").item() for chunk, label in chunks)
-    return total / len(labels)
+def next_token_loss(network: Any, hidden: Tensor, labels: Tensor) -> float:
+    """Sum of the cross-entropy of a text's piece, in nats. hidden: [1, p, hidden], of the last layer; labels: the next
+    tokens, [p], or [p - 1] at the text's end."""
+    logits = network.get_output_embeddings()(hidden[0, : len(labels)]).float()
+    return F.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()

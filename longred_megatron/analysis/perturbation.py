@@ -19,7 +19,7 @@ from longred_megatron.analysis.inputs import check_number, models_of, texts_of
 from longred_megatron.analysis.measure import Ranks, Subject
 from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import lines
-from longred_megatron.analysis.walk import LayerValues, other_rotary
+from longred_megatron.analysis.walk import LayerValues, other_rotary, whole_layers
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.models import CHUNK_TOKENS
 from longred_megatron.page import Plot
@@ -124,7 +124,7 @@ def copy_differences(subject: Subject, tokens: Tensor, copies: int, skip: int, r
     sums = {what: torch.zeros(len(pairs), layers, dtype=torch.float64) for what in STATES}
     logits = torch.zeros(len(pairs), dtype=torch.float64)
     for text in ranks.part(tokens).split(1):
-        for values in subject.walk(text.repeat(1, copies), positions):
+        for values in whole_layers(subject.walk(text.repeat(1, copies), positions), copies * block):
             for what in STATES:
                 cut = _cut(values, what, copies)
                 for i, (a, b) in enumerate(pairs):

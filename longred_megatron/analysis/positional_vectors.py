@@ -129,7 +129,7 @@ def positional_vectors(subject: Subject, tokens: Tensor, edges: Tensor, ranks: R
     points = torch.arange(len(sizes)).repeat_interleave(sizes)
     for text in ranks.part(tokens).split(1):
         for values in subject.walk(text):
-            sums[values.layer - 1].index_add_(0, points, values.hidden[0].cpu().double())
+            sums[values.layer - 1].index_add_(0, points[values.tokens], values.hidden[0].cpu().double())
         bar.update()
     means = ranks.total(sums) / (len(tokens) * sizes[:, None])
     weights = sizes / sizes.sum()

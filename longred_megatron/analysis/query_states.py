@@ -130,7 +130,7 @@ def study(options: Namespace, ranks: Ranks) -> Study:
 
 @torch.inference_mode()
 def state_changes(before: Subject, after: Subject, tokens: Tensor, ranks: Ranks, bar: Any) -> dict[str, Change]:
-    """By `STATES` and `ROTATED`, over tokens [texts, length]; a layer of both models at a time."""
+    """By `STATES` and `ROTATED`, over tokens [texts, length]; a piece of a layer of both models at a time."""
     layers = before.network.config.num_hidden_layers
     sums: dict[str, list[Tensor]] = {}
     for text in ranks.part(tokens).split(1):

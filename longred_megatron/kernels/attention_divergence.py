@@ -19,31 +19,34 @@ def attention_divergence(
 ) -> Tensor:
     """KL(p || q) of each query, in nats, [sequences, heads, tokens] in fp64, where
         p[i] = softmax over keys j = 0 ... i of (scale * query_i . key_j)
-    and q the same of the other attention.
+    and q the same of the other attention. Where keys are more than queries, the queries are of the last tokens.
 
     - query, other_query: [sequences, heads, tokens, head_dim], after RoPE.
-    - key, other_key: [sequences, key/value heads, tokens, head_dim]. The two may differ in these heads and in head_dim.
+    - key, other_key: [sequences, key/value heads, keys, head_dim]. The two may differ in these heads and in head_dim.
     - scale: of the scores; None: 1 / sqrt(head_dim).
 
     With s and t the scores, KL = (sum of p * (s - t)) - logsumexp(s) + logsumexp(t): three running sums a query, over
     blocks of keys. Scores are fp32, the sums fp64, so that two equal attentions give exactly 0 and differences of 1e-5
     nats are not lost. No gradient.
 
-    Raises ValueError when the two differ in sequences, heads or tokens.
+    Raises ValueError when the two differ in sequences, heads, tokens or keys.
     """
     if query.shape[:3] != other_query.shape[:3]:
         raise ValueError(f"query {list(query.shape)} and other_query {list(other_query.shape)} differ")
+    if key.shape[2] != other_key.shape[2]:
+        raise ValueError(f"key {list(key.shape)} and other_key {list(other_key.shape)} differ")
     scale = query.shape[3] ** -0.5 if scale is None else scale
     other_scale = other_query.shape[3] ** -0.5 if other_scale is None else other_scale
     sequences, heads, length, _ = query.shape
+    before = key.shape[2] - length
     found = torch.empty(sequences, heads, length, dtype=torch.float64, device=query.device)
     with torch.no_grad():
         for i in range(sequences):
             for start in range(0, length, BLOCK_ROWS):
                 stop = min(start + BLOCK_ROWS, length)
-                ours = query[i, :, start:stop].float() * scale, key[i, :, :stop]
-                theirs = other_query[i, :, start:stop].float() * other_scale, other_key[i, :, :stop]
-                found[i, :, start:stop] = _of_rows(*ours, *theirs, start)
+                ours = query[i, :, start:stop].float() * scale, key[i, :, : before + stop]
+                theirs = other_query[i, :, start:stop].float() * other_scale, other_key[i, :, : before + stop]
+                found[i, :, start:stop] = _of_rows(*ours, *theirs, before + start)
     return found
 
 

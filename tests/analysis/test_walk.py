@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from longred_megatron.analysis.walk import open_network, other_rotary, walk
+from longred_megatron.analysis.walk import LayerValues, open_network, other_rotary, walk, whole_layers
 from longred_megatron.kernels.attention_divergence import attention_divergence
 from longred_megatron.rope import METHODS, RopeSource
 from tests.checkpoint.small_models import ONE_OF_EACH_FAMILY, edit_json, write_model
@@ -22,21 +23,42 @@ def reference(folder: Path, positions: torch.Tensor | None = None, tokens: torch
                      output_attentions=True)  # fmt: skip
 
 
+def hidden_states(pieces: Iterator[LayerValues]) -> list[torch.Tensor]:
+    return [each.hidden.clone() for each in pieces]
+
+
+@pytest.mark.parametrize("piece", [37, 8, 5])
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 @torch.no_grad()
-def test_it_is_the_model_of_transformers(name: str, tmp_path: Path) -> None:
+def test_it_is_the_model_of_transformers(name: str, piece: int, tmp_path: Path) -> None:
     folder = write_model(name, tmp_path)
     positions = torch.arange(37)[None] + 20 * (torch.arange(37) >= 9)
     plain = reference(folder, positions)
     network = open_network(folder, torch.float32, CPU)
-    layers = list(walk(network, TOKENS, positions))
-    assert [each.layer for each in layers] == [1, 2, 3, 4]
-    for each in layers:
+    layers = whole_layers(walk(network, TOKENS, positions, piece_tokens=piece), 37)
+    for number, each in enumerate(layers, start=1):
+        assert each.layer == number
         torch.testing.assert_close(each.hidden, plain.hidden_states[each.layer], rtol=1e-4, atol=1e-5)
         key = each.key.repeat_interleave(each.query.shape[1] // each.key.shape[1], 1)
         scores = each.scale * each.query @ key.transpose(2, 3)
         probabilities = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
         torch.testing.assert_close(probabilities, plain.attentions[each.layer - 1], rtol=1e-4, atol=1e-5)
+    assert number == 4
+
+
+@torch.no_grad()
+def test_pieces_are_those_of_the_whole(tmp_path: Path) -> None:
+    network = open_network(write_model("llama_3", tmp_path), torch.float32, CPU)
+    pieces = walk(network, TOKENS, piece_tokens=16)
+    for whole in walk(network, TOKENS):
+        for start, stop in ((0, 16), (16, 32), (32, 37)):
+            piece = next(pieces)
+            assert (piece.layer, piece.tokens) == (whole.layer, slice(start, stop))
+            torch.testing.assert_close(piece.hidden, whole.hidden[:, start:stop], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(piece.keys, whole.keys[:, :, :stop], rtol=1e-4, atol=1e-5)
+            for what in ("query", "key", "value"):
+                x, y = (each.before_rope(what) for each in (piece, whole))
+                torch.testing.assert_close(x, y[:, :, start:stop], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", [{"method": "pi"}, {"method": "abf", "theta": 1e7}, {"method": "yarn"},
@@ -46,17 +68,17 @@ def test_another_rope_is_the_exported_models(method: dict[str, Any], tmp_path: P
     folder = write_model("llama_3", tmp_path)
     network = open_network(folder, torch.float32, CPU)
     long = torch.randint(0, 101, (1, 150), generator=torch.Generator().manual_seed(6))  # past the window of 64
-    before = [each.hidden for each in walk(network, long)]
+    before = hidden_states(walk(network, long))
     source = RopeSource(dict(network.config.rope_parameters), 8, 64, 256)
     chosen = METHODS[method["method"]].model_validate(method)
     rope, window = chosen.extended(source), chosen.max_position_embeddings(source)
-    layers = list(walk(network, long, rotary=other_rotary(network, rope, window)))
+    layers = hidden_states(walk(network, long, rotary=other_rotary(network, rope, window)))
     edit_json(folder / "config.json", rope_parameters=rope, max_position_embeddings=window)
     plain = reference(folder, tokens=long)
-    for each in layers:
-        torch.testing.assert_close(each.hidden, plain.hidden_states[each.layer], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(before[0], layers[0].hidden)
-    assert torch.equal(before[3], list(walk(network, long))[3].hidden)  # the network is as it was
+    for ours, theirs in zip(layers, plain.hidden_states[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before[0], layers[0])
+    assert torch.equal(before[3], hidden_states(walk(network, long))[3])  # the network is as it was
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
@@ -65,8 +87,11 @@ def test_drift_is_that_of_output_attentions(name: str, tmp_path: Path) -> None:
     folder = write_model(name, tmp_path)
     network = open_network(folder, torch.float32, CPU)
     rope = network.config.rope_parameters | {"rope_theta": 1e8}
-    pairs = zip(walk(network, TOKENS), walk(network, TOKENS, rotary=other_rotary(network, rope)), strict=True)
-    found = [attention_divergence(a.query, a.key, b.query, b.key, a.scale, b.scale) for a, b in pairs]
+    walks = (walk(network, TOKENS, rotary=rotary, piece_tokens=16) for rotary in (None, other_rotary(network, rope)))
+    pieces = [
+        attention_divergence(a.query, a.keys, b.query, b.keys, a.scale, b.scale) for a, b in zip(*walks, strict=True)
+    ]
+    found = [torch.cat(pieces[k : k + 3], dim=2) for k in range(0, 12, 3)]
     before = reference(folder).attentions
     edit_json(folder / "config.json", rope_parameters=rope, pad_token_id=0)  # Phi-3 has a default
     for drift, p, q in zip(found, before, reference(folder).attentions, strict=True):

@@ -40,6 +40,13 @@ def test_it_is_the_divergence_of_plain_attention(scale: float | None) -> None:
 
 
 @pytest.mark.usefixtures("blocks")
+def test_fewer_queries_than_keys_are_the_last() -> None:
+    (q, k), (other_q, other_k) = draw(0), draw(1)
+    found = attention_divergence(q[:, :, 7:], k, other_q[:, :, 7:], other_k)
+    torch.testing.assert_close(found, attention_divergence(q, k, other_q, other_k)[:, :, 7:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("blocks")
 def test_an_attention_is_not_away_from_itself() -> None:
     q, k = draw(2, size=20.0)
     assert not attention_divergence(q, k, q, k).any()
@@ -57,4 +64,6 @@ def test_small_differences_are_not_lost() -> None:
 def test_other_tokens_are_refused() -> None:
     q, k = draw(0)
     with pytest.raises(ValueError, match="differ"):
-        attention_divergence(q, k, q[:, :, 1:], k[:, :, 1:])
+        attention_divergence(q, k, q[:, :, 1:], k)
+    with pytest.raises(ValueError, match="differ"):
+        attention_divergence(q, k, q, k[:, :, 1:])
