@@ -31,10 +31,18 @@ class Verdict:
 
 
 def verdict(rows: Rows, ordering: Ordering) -> Verdict:
-    """A claim against the figures, paired by seed and text or prompt."""
+    """A claim against the figures, paired by seed and text or prompt.
+
+    Where two models answer all prompts alike, Wilson's interval says how many others they may answer differently.
+    """
     better, than = ([each.units(ordering.measure) for each in rows[name]] for name in (ordering.better, ordering.than))
     sign = -1.0 if ordering.measure in LESS_IS_BETTER else 1.0
-    return Verdict(ordering, estimate(sign * differences(better, than)))
+    found = sign * differences(better, than)
+    gain = estimate(found)
+    if gain.low == gain.high and ordering.measure not in LESS_IS_BETTER:
+        most = share_interval(0.0, found.shape[1]).high
+        gain = Estimate(gain.mean, gain.mean - most, gain.mean + most)
+    return Verdict(ordering, gain)
 
 
 def changes(rows: Rows, row: str) -> dict[str, Estimate]:

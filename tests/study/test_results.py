@@ -2,9 +2,10 @@
 
 import pytest
 
-from longred_megatron.evaluation.intervals import share_interval
+from longred_megatron.evaluation.intervals import share_interval, student_quantile
 from longred_megatron.study.measure import Measured
-from longred_megatron.study.results import ORIGINAL, changes, table
+from longred_megatron.study.results import ORIGINAL, changes, table, verdict
+from longred_megatron.study.settings import Ordering
 
 
 def measured(scores: list[float]) -> Measured:
@@ -24,3 +25,19 @@ def test_a_share_stays_within_0_and_1() -> None:
     rows = {ORIGINAL: [measured([1.0] * 39 + [0.0]), measured([1.0] * 40)]}
     found = changes(rows, ORIGINAL)["@64"]
     assert found.low < found.mean < found.high == 1.0
+
+
+def test_two_that_answer_alike_are_not_known_to_be_equal() -> None:
+    """Of 40 prompts none is answered differently: up to 8.8 % of all others may be."""
+    rows = {name: [measured([1, 0] * 20), measured([0, 1] * 20)] for name in ("a", "b")}
+    found = verdict(rows, Ordering(measure="retrieval", better="a", than="b", source="here"))
+    assert found.gain.mean == 0 and found.word == "not shown"
+    assert found.gain.high == -found.gain.low == pytest.approx(0.0876, abs=1e-4)
+
+
+def test_a_gain_is_paired_by_prompt() -> None:
+    rows = {"a": [measured([1] * 30 + [0] * 10)], "b": [measured([1] * 20 + [0] * 20)]}
+    found = verdict(rows, Ordering(measure="retrieval", better="a", than="b", source="here"))
+    half = student_quantile(39) * (0.25 * 0.75 * 40 / 39 / 40) ** 0.5
+    assert found.word == "shown"
+    assert (found.gain.low, found.gain.high) == pytest.approx((0.25 - half, 0.25 + half))
