@@ -4,7 +4,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longred_megatron.kernels.linear_loss import CHUNK_BYTES, NO_LABEL, VocabularyShard, arithmetic_dtype, linear_loss
+from longred_megatron.kernels.linear_loss import (
+    CHUNK_BYTES,
+    NO_LABEL,
+    VocabularyShard,
+    arithmetic_dtype,
+    linear_loss,
+    summed_bytes,
+)
 
 
 def working_bytes(num_tokens: float, local_entries: float, number_bytes: int) -> float:
@@ -12,6 +19,11 @@ def working_bytes(num_tokens: float, local_entries: float, number_bytes: int) ->
     fewer bytes a number, these too."""
     chunk = min(CHUNK_BYTES, 4 * num_tokens * local_entries)
     return chunk + (chunk * number_bytes / 4 if number_bytes < 4 else 0)
+
+
+def message_bytes(num_tokens: float, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks: a token's largest logit, the sum of its softmax and its label's logit."""
+    return summed_bytes(num_tokens, 3, num_ranks)
 
 
 def linear_cross_entropy(

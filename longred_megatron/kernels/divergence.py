@@ -28,6 +28,7 @@ from longred_megatron.kernels.linear_loss import (
     VocabularyShard,
     arithmetic_dtype,
     linear_loss,
+    summed_bytes,
 )
 
 Direction = Literal["forward", "reverse", "jensen_shannon"]
@@ -41,6 +42,12 @@ def working_bytes(num_tokens: float, local_entries: float, number_bytes: int) ->
     logits where these have fewer bytes a number."""
     chunk = min(CHUNK_BYTES, 4 * num_tokens * local_entries)
     return 3 * chunk + (chunk * number_bytes / 4 if number_bytes < 4 else 0)
+
+
+def message_bytes(num_tokens: float, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks: of a token two largest logits, two sums of softmax, D and its gradient's
+    sum."""
+    return summed_bytes(num_tokens, 6, num_ranks)
 
 
 def linear_distillation(

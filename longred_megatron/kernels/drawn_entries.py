@@ -11,10 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longred_megatron.kernels.divergence import check_settings, scaled_logits, shift
-from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, tokens_of_chunk
+from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, summed_bytes, tokens_of_chunk
 from longred_megatron.kernels.top_entries import Entries, columns_here, linear_entries_loss
 
 BELOW_ONE = 1 - 2**-23  # so that no rounding leads past the last entry
+
+
+def message_bytes(num_tokens: float, n: int, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks for the loss: n logits of a token, its largest and its softmax's sum."""
+    return summed_bytes(num_tokens, n + 2, num_ranks)
+
+
+def choice_bytes(num_tokens: float, n: int, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks to draw a teacher's: its share, two sums, n entries in int64, and their
+    log-probabilities."""
+    return (num_ranks - 1) * 4 * num_tokens + summed_bytes(num_tokens, 2 + 3 * n, num_ranks)
 
 
 @torch.no_grad()

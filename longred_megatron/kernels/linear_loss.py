@@ -62,6 +62,11 @@ class VocabularyShard:
             dist.all_reduce(tensor, op=op, group=self.group)
 
 
+def summed_bytes(num_tokens: float, numbers: int, num_ranks: int) -> float:
+    """What a rank sends where `num_ranks` sum so many fp32 numbers of each token, or take their largest, in a ring."""
+    return 2 * (num_ranks - 1) / num_ranks * 4 * numbers * num_tokens
+
+
 def linear_loss(hidden: Tensor, weight: Tensor, chunk_loss: ChunkLoss, chunk_tokens: int | None = None) -> Tensor:
     """Sum over chunks of `chunk_tokens` tokens of chunk_loss(hidden[chunk] @ weight.T), a scalar in fp32 (or fp64).
 

@@ -22,7 +22,13 @@ from longred_megatron.kernels.divergence import (
     scaled_logits,
     shift,
 )
-from longred_megatron.kernels.linear_loss import VocabularyShard, arithmetic_dtype, linear_loss, tokens_of_chunk
+from longred_megatron.kernels.linear_loss import (
+    VocabularyShard,
+    arithmetic_dtype,
+    linear_loss,
+    summed_bytes,
+    tokens_of_chunk,
+)
 
 
 class Entries(NamedTuple):
@@ -44,6 +50,16 @@ class Entries(NamedTuple):
     def unpacked(cls, packed: Tensor, number: int, vocab_size: int) -> "Entries":
         """Out of `packed`, of so many entries a token."""
         return cls(packed[:, :number], packed[:, number:].contiguous().view(torch.float32), vocab_size)
+
+
+def message_bytes(num_tokens: float, k: int, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks for the loss: k logits of a token, its largest and its softmax's sum."""
+    return summed_bytes(num_tokens, k + 2, num_ranks)
+
+
+def choice_bytes(num_tokens: float, k: int, local_entries: int, num_ranks: int) -> float:
+    """Sent by each of the vocabulary's ranks to find a teacher's likeliest: its own in fp32 and int64, and two sums."""
+    return (num_ranks - 1) * min(k, local_entries) * 12 * num_tokens + summed_bytes(num_tokens, 2, num_ranks)
 
 
 @torch.no_grad()

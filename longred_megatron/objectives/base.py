@@ -217,6 +217,10 @@ class Objective(Settings):
         """Memory of its loss on one rank, beside the activations."""
         return 0.0
 
+    def message_bytes(self, site: Site) -> float:
+        """Sent by a tensor rank for a micro-batch's loss, beside what layers and heads send."""
+        return 0.0
+
     def own_flops(self, site: Site) -> float:
         """Floating-point operations of a micro-batch's loss, forward and backward, beside layers and heads."""
         return 0.0

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from longred_megatron.kernels import drawn_entries, top_entries
+
 What = Literal["hidden", "query", "key", "value", "attention_output"]
 """What a model gives of a layer."""
 
@@ -35,6 +37,12 @@ class HeadEntries(NamedTuple):
     def token_bytes(self) -> int:
         """Of what is kept: the entries, and their log-probabilities with that of all others beside the likeliest."""
         return 4 * (2 * self.number + (not self.drawn))
+
+    def choice_bytes(self, num_tokens: int, num_ranks: int) -> float:
+        """Sent by each of the tensor ranks to find those of so many tokens."""
+        if self.drawn:
+            return drawn_entries.choice_bytes(num_tokens, self.number, num_ranks)
+        return top_entries.choice_bytes(num_tokens, self.number, -(-self.vocab_size // num_ranks), num_ranks)
 
     @property
     def tap(self) -> Tap:

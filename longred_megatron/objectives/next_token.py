@@ -8,7 +8,7 @@ from torch import Generator
 
 from longred_megatron.data.sequences import DocumentSequences, IndexedSequences, Series
 from longred_megatron.kernels import positions
-from longred_megatron.kernels.cross_entropy import linear_cross_entropy, working_bytes
+from longred_megatron.kernels.cross_entropy import linear_cross_entropy, message_bytes, working_bytes
 from longred_megatron.kernels.linear_loss import NO_LABEL
 from longred_megatron.objectives.base import Activations, Batch, Groups, Needs, Objective, Site, Term
 from longred_megatron.objectives.shared import masked_problems, texts
@@ -66,6 +66,9 @@ class NextToken(Objective):
         return working_bytes(
             site.rank_tokens, site.student.vocab_size / site.parallel.tensor, site.precision.number_bytes
         )
+
+    def message_bytes(self, site: Site) -> float:
+        return message_bytes(site.rank_tokens, site.parallel.tensor)
 
 
 def _without_last(lengths: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from torch import Generator
 
 from longred_megatron.data.packing import Pack, PackedSequences
 from longred_megatron.data.sequences import Series
-from longred_megatron.kernels import cross_entropy, divergence, positions
+from longred_megatron.kernels import cross_entropy, divergence, drawn_entries, positions, top_entries
 from longred_megatron.kernels.cross_entropy import linear_cross_entropy
 from longred_megatron.kernels.divergence import Direction, linear_distillation
 from longred_megatron.kernels.drawn_entries import linear_drawn_distillation
@@ -136,3 +136,14 @@ class PackedDistillation(Objective):
         # With cross-entropy, its gradient by the logits waits for the divergence's.
         labels = cross_entropy.working_bytes(tokens, entries, 4) * size / 4 if self.cross_entropy else 0.0
         return divergence.working_bytes(tokens, entries, size) + labels
+
+    def message_bytes(self, site: Site) -> float:
+        tokens, ranks = site.rank_tokens, site.parallel.tensor
+        labels = cross_entropy.message_bytes(tokens, ranks) if self.cross_entropy else 0.0
+        if self.cross_entropy == 1:
+            return labels
+        if self.draws:
+            return labels + drawn_entries.message_bytes(tokens, self.draws, ranks)
+        if self.top_k:
+            return labels + top_entries.message_bytes(tokens, self.top_k, ranks)
+        return labels + divergence.message_bytes(tokens, ranks)

@@ -75,3 +75,6 @@ class PerturbedPositions(Objective):
         return divergence.working_bytes(
             site.rank_tokens, site.student.vocab_size / site.parallel.tensor, site.precision.number_bytes
         )
+
+    def message_bytes(self, site: Site) -> float:
+        return divergence.message_bytes(site.rank_tokens, site.parallel.tensor)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from longred_megatron.families import Architecture
 from longred_megatron.families.weights import Part, Rule
@@ -14,10 +14,14 @@ START_MULTIPLE, END_MULTIPLE = 64, 128  # elements; megatron/core/optimizer/para
 
 
 class Parameter(NamedTuple):
-    """Of one rank: the part of the model it belongs to, and its elements there."""
+    """Of one rank: the part of the model it belongs to, and its elements there.
+
+    partial: when a tensor rank has a part of its gradient alone, since it sees a part of the tokens, or of the heads.
+    """
 
     part: Part
     elements: int
+    partial: Literal["never", "under sequence parallelism", "always"]
 
 
 class ChunkModel(NamedTuple):
@@ -64,8 +68,15 @@ def stage_chunks(
 def _parameters(model: Architecture, tensor: int) -> tuple[list[Parameter], list[Parameter]]:
     """Those outside the layers, and those of each layer."""
     both = model.outer_rules(), model.layer_rules()
-    outer, layer = ([Parameter(rule.part, _elements(rule, tensor)) for rule in rules] for rules in both)
+    outer, layer = ([Parameter(rule.part, _elements(rule, tensor), _partial(rule)) for rule in rules] for rules in both)
     return outer, layer
+
+
+def _partial(rule: Rule) -> Literal["never", "under sequence parallelism", "always"]:
+    if rule.layout.split_dim is not None:
+        return "never"
+    of_heads = any(name.endswith(("q_layernorm.weight", "k_layernorm.weight")) for name in rule.megatron)
+    return "always" if of_heads else "under sequence parallelism"
 
 
 def _elements(rule: Rule, tensor: int) -> int:
@@ -82,6 +93,13 @@ def _elements(rule: Rule, tensor: int) -> int:
 def elements(chunks: Sequence[ChunkModel], parts: Collection[Part] | None = None) -> int:
     """Of all parameters of these parts; None: of all parts."""
     return sum(p.elements for chunk in chunks for p in chunk.parameters if parts is None or p.part in parts)
+
+
+def partial_gradients(chunks: Sequence[ChunkModel], parts: Collection[Part] | None, sequence: bool) -> int:
+    """Elements of trained parameters whose gradients the tensor ranks sum. parts: those trained; None: all."""
+    wanted = ("always", "under sequence parallelism") if sequence else ("always",)
+    trained = (p for chunk in chunks for p in chunk.parameters if parts is None or p.part in parts)
+    return sum(p.elements for p in trained if p.partial in wanted)
 
 
 def buffer_elements(chunks: Sequence[ChunkModel], parts: Collection[Part] | None, num_ranks: int) -> int:

@@ -175,6 +175,7 @@ def _communication(times: Sequence[StageTime], own: Sequence[str]) -> dict[str, 
             sent["tensor"] += count * time.tensor_step_bytes(name)
             sent["context"] += count * time.context_step_bytes(name)
             sent["pipeline"] += count * time.pipeline_step_bytes(name)
+        sent["tensor"] += time.tensor_gradient_bytes()
         sent["data"] = sum(time.data_bytes().values())
         found.append(sent)
     return {axis: max(sent[axis] for sent in found) for axis in AXES}

@@ -11,7 +11,7 @@ from longred_megatron.kernels.linear_loss import CHUNK_BYTES
 from longred_megatron.layout import Parallel
 from longred_megatron.planning.gpus import Gpu
 from longred_megatron.planning.memory import StageMemory
-from longred_megatron.planning.parameters import MATRICES, ChunkModel
+from longred_megatron.planning.parameters import MATRICES, ChunkModel, partial_gradients
 from longred_megatron.precision import GRADIENT_BYTES
 from longred_megatron.recipe import Phase
 
@@ -121,26 +121,52 @@ class StageTime:
         return (p.context - 1) * self.phase.sites[name].rank_tokens * kv
 
     def end_bytes(self, chunk: ChunkModel, name: str) -> float:
-        """Sent by a tensor rank for the embedding's output, for the head's input and its gradient, and for the input of
-        a teacher's head, which each rank has but under sequence parallelism."""
-        needs, gathered = self.phase.needs[name], self.phase.recipe.parallel.sequence
+        """Sent by a tensor rank for the embedding's output, for the head's input and its gradient, for the loss, and
+        for a teacher's head: its input, which each rank has but under sequence parallelism, and the choice of entries.
+        """
+        needs, parallel, site = self.phase.needs[name], self.phase.recipe.parallel, self.phase.sites[name]
         embedding = 2 * chunk.first  # an all-reduce forward; or a reduce-scatter, and an all-gather backward
         head = 2 * (chunk.last and needs.student_head)
         sent = (embedding + head) * self.tensor_bytes(self.phase.source, name)
-        if chunk.last and self.phase.teacher_head(name) and gathered:
-            sent += self.tensor_bytes(self.phase.sites[name].teacher, name)
+        if chunk.last and needs.student_head:
+            sent += self.phase.recipe.objectives[name].message_bytes(site)
+        if chunk.last and self.phase.teacher_head(name):
+            sent += parallel.sequence * self.tensor_bytes(site.teacher, name)
+            if needs.teacher_entries:
+                sent += needs.teacher_entries.choice_bytes(site.rank_tokens, parallel.tensor)
+        return sent
+
+    def tap_bytes(self, name: str) -> float:
+        """Sent by a tensor rank for values inside attention, which `model.taps` makes a second time: for an attention
+        output all of an attention's messages, for queries, keys and values those of its first projection."""
+        sequence, pairs = self.phase.recipe.parallel.sequence, self.phase.needs[name].pairs
+        here = {layer for chunk in self.memory.chunks for layer in chunk.layers}
+        made = {(tap.layer, tap.what == "attention_output") for tap in pairs if tap.what != "hidden"}
+        sent = 0.0
+        for layer, output in made:
+            if layer in here:
+                messages = (4 if output else 2) + sequence
+                sent += messages * self.tensor_bytes(self.phase.source, name)
+                if self.phase.teacher_depth(name):
+                    sent += (2 if output else sequence) * self.tensor_bytes(self.phase.sites[name].teacher, name)
         return sent
 
     def tensor_step_bytes(self, name: str) -> float:
         """All of a micro-batch's tensor-parallel messages on this stage."""
         layers = sum(len(chunk.layers) for chunk in self.memory.chunks)
         sent = layers * sum(self.messages) * self.tensor_bytes(self.phase.source, name)
-        sent += sum(self.end_bytes(chunk, name) for chunk in self.memory.chunks)
+        sent += sum(self.end_bytes(chunk, name) for chunk in self.memory.chunks) + self.tap_bytes(name)
         if self.phase.teacher_depth(name):
             embedding = (1 if self.phase.recipe.parallel.sequence else 2) * (self.memory.stage == 0)
             messages = self.messages.forward * self._teacher_layers(name) + embedding
             sent += messages * self.tensor_bytes(self.phase.sites[name].teacher, name)
         return sent
+
+    def tensor_gradient_bytes(self) -> float:
+        """Once a step: gradients of what each tensor rank has whole, of which each has a part. Too few to take time."""
+        p = self.phase.recipe.parallel
+        elements = partial_gradients(self.memory.chunks, self.phase.recipe.training.trainable, p.sequence)
+        return 2 * (p.tensor - 1) / p.tensor * GRADIENT_BYTES * elements
 
     def context_step_bytes(self, name: str) -> float:
         """All of a micro-batch's messages around the context ring on this stage."""

@@ -110,6 +110,7 @@ def _cases() -> Iterator[Case]:
     yield case(2, "kinds", pipeline=2, recompute="full")
     yield case(2, "kinds", tensor=2, sequence=True)
     yield case(2, "tied", pipeline=2, virtual_pipeline=2)
+    yield case(2, "tied", tensor=2)
 
 
 CASES = tuple(_cases())
