@@ -41,7 +41,7 @@ demo: setup ## the main job on the CPU, small and real
 layouts: setup ## the table of layouts against one process, up to 8 ranks (5 minutes)
 	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.layouts.table
 
-plan-check: setup ## the planner's memory beside real steps on this CPU, 30 layouts up to 8 ranks (15 minutes)
+plan-check: setup ## the planner's memory beside real steps on this CPU, 31 layouts up to 8 ranks (5 minutes)
 	LONGRED_DEVICE=cpu $(PYTHON_IN_VENV) -m tests.planning.measure
 
 gpu-check: setup ## models of the GPU path constructed with the compiled Transformer Engine, where it is installed
