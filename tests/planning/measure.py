@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from longred_megatron.parallel.groups import destroy, initialize
 from longred_megatron.parallel.local_ranks import run_ranks
+from longred_megatron.planning.flops import step_flops
 from longred_megatron.planning.gpus import read_gpu
 from longred_megatron.planning.memory import StageMemory
 from longred_megatron.planning.operations import PLAIN
 from longred_megatron.planning.plan import plan_phase
-from longred_megatron.recipe import load_recipe, read_phases
+from longred_megatron.recipe import Phase, load_recipe, read_phases
 from longred_megatron.training.optimizer import set_hyperparameters
 from longred_megatron.training.run import PhaseRun
 from tests.checkpoint.small_models import write_model
@@ -58,6 +61,32 @@ PACKED = {
     "short_restoration": None,
 }
 STEP = {"step": {"tokens_per_microbatch": 512}}
+
+
+def _attention(query: Tensor, key: Tensor, *more: Any, **settings: Any) -> int:
+    """Scores and weighted values of the pairs of tokens that causal attention sees; the queries are the last keys'."""
+    sequences, heads, rows, head_dim = query.shape
+    return int(2 * 2 * sequences * heads * head_dim * (rows * key.shape[2] - rows * rows / 2))
+
+
+def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, *more: Any, **settings: Any) -> int:
+    """Twice the forward pass, as model FLOPs count it: a fifth product repeats the scores."""
+    return 2 * _attention(query, key)
+
+
+def _added_product(total: Tensor, left: Tensor, right: Tensor, **settings: Any) -> int:
+    return 2 * left.numel() * right.shape[1]
+
+
+# torch counts attention on a GPU alone, and no product that is added in place. Its counter hands tensors, not their
+# shapes, to what is marked so.
+for count in (_attention, _attention_backward, _added_product):
+    count._get_raw = True  # type: ignore[attr-defined]
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten.addmm_: _added_product,
+}
 
 
 @dataclass(frozen=True)
@@ -153,13 +182,15 @@ def _rank(join: Callable[[str], None], cases: Sequence[Case], recipes: Mapping[s
         run = build_run(recipes[case.recipe], groups, *case.overrides)
         place = {"pipeline": groups.pp.rank(), "context": groups.cp.rank(), "data": groups.dp.rank()}
         rank = torch.distributed.get_rank()
-        moments, sent = _step(run)
-        (folder / f"{case.name}-{rank}.json").write_text(json.dumps(place | {"moments": moments, "sent": sent}))
+        moments, sent, flops = _step(run)
+        found = place | {"moments": moments, "sent": sent, "flops": flops}
+        (folder / f"{case.name}-{rank}.json").write_text(json.dumps(found))
         destroy()
 
 
-def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """{moment: {part: bytes}} and {axis: bytes sent} of the second step; the first makes the optimizer's state."""
+def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
+    """{moment: {part: bytes}} and {axis: bytes sent} of the second step, since the first makes the optimizer's state;
+    and the floating-point operations of its passes, made once more."""
     groups, step = run.groups, run.train_step
     live = LiveTensors()
     ask = step.teachers._ask
@@ -189,7 +220,9 @@ def _step(run: PhaseRun) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
         live.reset()
         step.optimizer.step()
         moments["optimizer"] = live.at_peak
-    return moments, messages.sent
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        step.forward_backward(batches)
+    return moments, messages.sent, counter.get_total_flops()
 
 
 def _mark_resident(live: LiveTensors, run: PhaseRun) -> None:
@@ -250,6 +283,35 @@ def compare_messages(
             yield case.name, axis, max(rank["sent"].get(axis, 0) for rank in found[case.name]), planned[axis]
 
 
+def compare_flops(
+    cases: Sequence[Case], recipes: Mapping[str, Path], found: Mapping[str, Any]
+) -> Iterator[tuple[str, int, float]]:
+    """(case, floating-point operations of a step on all ranks, planned with what is computed twice)."""
+    for case in cases:
+        [phase] = read_phases(load_recipe(recipes[case.recipe], case.overrides))
+        again = sum(each.microbatches * _flops_again(phase, name) for name, each in phase.recipe.objectives.items())
+        yield case.name, sum(rank["flops"] for rank in found[case.name]), step_flops(phase) + again
+
+
+def _flops_again(phase: Phase, name: str) -> float:
+    """Of one micro-batch: what backward recomputes, and values inside attention, which are made a second time."""
+    model, teacher, length = phase.source, phase.sites[name].teacher, phase.recipe.objectives[name].sequence_length
+    per_token = {
+        "none": 0.0,
+        "selective": 2 * model.num_layers * model.layer_parameters(("mlp",)),
+        "full": model.forward_flops_per_token(model.num_layers, length, False),
+    }[phase.recipe.training.recompute]
+    for _, output in {
+        (tap.layer, tap.what == "attention_output") for tap in phase.needs[name].pairs if tap.what != "hidden"
+    }:
+        for each, passes in ((model, 3), (teacher, 1)):
+            heads = each.num_attention_heads + 2 * each.num_kv_heads
+            layer, products = (each.forward_flops_per_token(1, tokens, False) for tokens in (length, 0))
+            attention = layer - products + 2 * each.layer_parameters(("attention",))
+            per_token += passes * (attention if output else 2 * each.hidden_size * heads * each.head_dim)
+    return phase.recipe.step.tokens_per_microbatch * per_token
+
+
 def _in_parts(parts: Mapping[str, float]) -> dict[str, float]:
     resident = ("weights", "gradients", "optimizer", "teacher")
     rest = sum(size for part, size in parts.items() if part not in (*resident, "host"))
@@ -274,7 +336,10 @@ if __name__ == "__main__":
         written = workspaces(Path(temporary))
         found = measure(CASES, written, Path(temporary) / "out")
         print(markdown(compare(CASES, written, found)))
-        print("\n| layout | axis | sent, KiB | planned |\n" + "|" + " --- |" * 4)
+        print("\n| layout | axis | sent, KiB | planned less sent, bytes |\n" + "|" + " --- |" * 4)
         for name, axis, sent, planned in compare_messages(CASES, written, found):
             if sent or planned:
-                print(f"| {name} | {axis} | {sent / 1024:.0f} | {planned / sent - 1 if sent else 1:+.1%} |")
+                print(f"| {name} | {axis} | {sent / 1024:.0f} | {planned - sent:+,.0f} |")
+        print("\n| layout | GFLOPs | planned |\n" + "|" + " --- |" * 3)
+        for name, counted, planned in compare_flops(CASES, written, found):
+            print(f"| {name} | {counted / 1e9:.2f} | {planned / counted - 1:+.2%} |")

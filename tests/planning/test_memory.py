@@ -1,4 +1,4 @@
-"""Planned bytes against live tensors and messages of real steps on this CPU. All layouts: `make plan-check`."""
+"""The plan against live tensors, messages and operations of real steps on this CPU. All layouts: `make plan-check`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from tests.planning.measure import CASES, Case, Compared, compare, compare_messages, measure, workspaces
+from tests.planning.measure import (
+    CASES,
+    Case,
+    Compared,
+    compare,
+    compare_flops,
+    compare_messages,
+    measure,
+    workspaces,
+)
 
 # One of each axis, recomputation, number format and kind of recipe.
 CHOSEN = (
@@ -45,6 +54,15 @@ def test_messages_are_exact(
     assert {axis for _, axis, sent, _ in found if sent} == {"tensor", "pipeline", "data"}
     for name, axis, sent, planned in found:
         assert planned == sent, (name, axis)
+
+
+def test_flops_are_within_a_fifth_of_a_percent(
+    measured: tuple[list[Case], Mapping[str, Path], Mapping[str, Any]],
+) -> None:
+    found = list(compare_flops(*measured))
+    assert len(found) == len(CHOSEN)
+    for name, counted, planned in found:
+        assert planned == pytest.approx(counted, rel=0.002), name
 
 
 def test_the_total_is_within_three_percent(compared: list[Compared]) -> None:
