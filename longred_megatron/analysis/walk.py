@@ -89,19 +89,15 @@ class _Seen:
         keys, values = (kept[:, :, :stop] for kept in self._kept)
         self.heads = query, keys, value, scaling
         if self.start:  # otherwise it is causal without a mask
-            mask = query.new_full((query.shape[2], stop), -torch.inf).triu_(self.start + 1)
+            mask = query.new_full((1, 1, query.shape[2], stop), -torch.inf).triu_(self.start + 1)
         return sdpa_attention_forward(module, query, keys, values, mask, scaling=scaling, **more)
 
 
 def walk(
-    network: Any,
-    tokens: Tensor,
-    positions: Tensor | None = None,
-    rotary: nn.Module | None = None,
-    piece_tokens: int = PIECE_TOKENS,
+    network: Any, tokens: Tensor, positions: Tensor | None = None, rotary: nn.Module | None = None
 ) -> Iterator[LayerValues]:
     """The layers of a network of `open_network` on tokens [n, s], in order, of each its tokens in pieces of
-    `piece_tokens`; each computed when it is asked for.
+    `PIECE_TOKENS`; each computed when it is asked for.
 
     Causal, whatever the positions: transformers itself would take jumps in them for borders of documents.
 
@@ -117,8 +113,8 @@ def walk(
     tables = (rotary or other_rotary(network)).forward(hidden, position_ids=positions)
     seen = _Seen(tokens.shape[1])
     for number, layer in enumerate(base.layers, start=1):
-        for start in range(0, tokens.shape[1], piece_tokens):
-            piece = slice(start, start + piece_tokens)
+        for start in range(0, tokens.shape[1], PIECE_TOKENS):
+            piece = slice(start, start + PIECE_TOKENS)
             seen.start, rotation = start, (tables[0][:, piece], tables[1][:, piece])
             hidden[:, piece] = layer(
                 hidden[:, piece],

@@ -41,7 +41,7 @@ def verdict(rows: Rows, ordering: Ordering) -> Verdict:
     gain = estimate(found)
     if gain.low == gain.high and ordering.measure not in LESS_IS_BETTER:
         most = share_interval(0.0, found.shape[1]).high
-        gain = Estimate(gain.mean, gain.mean - most, gain.mean + most)
+        gain = Estimate(gain.mean, max(-1.0, gain.mean - most), min(1.0, gain.mean + most))
     return Verdict(ordering, gain)
 
 

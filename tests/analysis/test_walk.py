@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from longred_megatron.analysis import walk as module
 from longred_megatron.analysis.walk import LayerValues, open_network, other_rotary, walk, whole_layers
 from longred_megatron.kernels.attention_divergence import attention_divergence
 from longred_megatron.rope import METHODS, RopeSource
@@ -27,15 +28,18 @@ def hidden_states(pieces: Iterator[LayerValues]) -> list[torch.Tensor]:
     return [each.hidden.clone() for each in pieces]
 
 
-@pytest.mark.parametrize("piece", [37, 8, 5])
+@pytest.mark.parametrize("piece", [37, 8, 6])
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 @torch.no_grad()
-def test_it_is_the_model_of_transformers(name: str, piece: int, tmp_path: Path) -> None:
+def test_it_is_the_model_of_transformers(
+    name: str, piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE_TOKENS", piece)
     folder = write_model(name, tmp_path)
     positions = torch.arange(37)[None] + 20 * (torch.arange(37) >= 9)
     plain = reference(folder, positions)
     network = open_network(folder, torch.float32, CPU)
-    layers = whole_layers(walk(network, TOKENS, positions, piece_tokens=piece), 37)
+    layers = whole_layers(walk(network, TOKENS, positions), 37)
     for number, each in enumerate(layers, start=1):
         assert each.layer == number
         torch.testing.assert_close(each.hidden, plain.hidden_states[each.layer], rtol=1e-4, atol=1e-5)
@@ -47,10 +51,14 @@ def test_it_is_the_model_of_transformers(name: str, piece: int, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_pieces_are_those_of_the_whole(tmp_path: Path) -> None:
+def test_pieces_are_those_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = open_network(write_model("llama_3", tmp_path), torch.float32, CPU)
-    pieces = walk(network, TOKENS, piece_tokens=16)
-    for whole in walk(network, TOKENS):
+    wholes = [
+        [each.clone() if isinstance(each, torch.Tensor) else each for each in one] for one in walk(network, TOKENS)
+    ]
+    monkeypatch.setattr(module, "PIECE_TOKENS", 16)
+    pieces = walk(network, TOKENS)
+    for whole in (LayerValues(*each) for each in wholes):
         for start, stop in ((0, 16), (16, 32), (32, 37)):
             piece = next(pieces)
             assert (piece.layer, piece.tokens) == (whole.layer, slice(start, stop))
@@ -83,11 +91,12 @@ def test_another_rope_is_the_exported_models(method: dict[str, Any], tmp_path: P
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
 @torch.no_grad()
-def test_drift_is_that_of_output_attentions(name: str, tmp_path: Path) -> None:
+def test_drift_is_that_of_output_attentions(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PIECE_TOKENS", 16)
     folder = write_model(name, tmp_path)
     network = open_network(folder, torch.float32, CPU)
     rope = network.config.rope_parameters | {"rope_theta": 1e8}
-    walks = (walk(network, TOKENS, rotary=rotary, piece_tokens=16) for rotary in (None, other_rotary(network, rope)))
+    walks = (walk(network, TOKENS, rotary=rotary) for rotary in (None, other_rotary(network, rope)))
     pieces = [
         attention_divergence(a.query, a.keys, b.query, b.keys, a.scale, b.scale) for a, b in zip(*walks, strict=True)
     ]
