@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from longred_megatron.analysis.inputs import Model, check_comparable, check_number, models_of, texts_of
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.measure import Drift, Ranks, Subject, measure_drift
@@ -46,7 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def study(options: Namespace, ranks: Ranks) -> Study:
-    """Measures each model in its turn; the original stays open.
+    """Measures each model in its turn.
 
     Raises:
         UserError: models that cannot be compared, a run without checkpoints, texts too short, or wrong scores.
@@ -69,15 +67,15 @@ def study(options: Namespace, ranks: Ranks) -> Study:
         if options.short >= length:
             raise UserError(f"--short {options.short}: must be less than the long texts' {length} tokens")
         lengths = [options.short, length]
-    results, first = [], Subject(original.open())
-    total = len(others) * len(lengths) * len(ranks.part(tokens))
-    with tqdm(total=total, unit="text", disable=None if ranks.is_main else True) as bar:
+    results = []
+    layers = original.architecture.num_layers * len(others) * len(lengths)
+    with original.opened() as network, ranks.bar(layers, tokens) as bar:
         for i, model in enumerate(others, start=1):
             kept = options.scores[i] / options.scores[0] if options.scores else None
-            other = Subject(model.open())
-            for each in lengths:
-                [drift] = measure_drift(tokens[:, :each], first, [other], ranks, bar)
-                results.append(Result(model, each, drift, kept))
+            with model.opened() as other:
+                for each in lengths:
+                    [drift] = measure_drift(tokens[:, :each], Subject(network), [Subject(other)], ranks, bar)
+                    results.append(Result(model, each, drift, kept))
     return Study(
         KIND,
         f"Drift from {original.name}",

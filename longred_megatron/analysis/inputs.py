@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longred_megatron.analysis.measure import Ranks, study_device
-from longred_megatron.analysis.walk import open_network
+from longred_megatron.analysis.network import Network
 from longred_megatron.checkpoint.distributed import read_description
 from longred_megatron.checkpoint.of_run import checkpoints_to_study, exported
 from longred_megatron.data.sequences import IndexedSequences, check_tokens
@@ -44,11 +44,12 @@ class Model:
         with exported(self.path) as hf:
             yield hf
 
-    def open(self) -> Any:
-        """Its network on this rank's device."""
+    @contextmanager
+    def opened(self) -> Iterator[Network]:
+        """Its network, for this rank's device."""
         device = study_device()
         with self.folder() as hf:
-            return open_network(hf, resolve_dtype("auto", device), device)
+            yield Network(hf, resolve_dtype("auto", device), device)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "path": str(self.path), "step": self.step, "rope": self.architecture.rope}

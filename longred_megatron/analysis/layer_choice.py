@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from longred_megatron.analysis.measure import Drift, Ranks, Subject, measure_drift, study_device
-from longred_megatron.analysis.walk import open_network, other_rotary
+from longred_megatron.analysis.network import Network
 from longred_megatron.data.sequences import IndexedSequences, SequenceSource, check_tokens
 from longred_megatron.errors import UserError, listed
 from longred_megatron.evaluation.models import resolve_dtype
@@ -80,12 +79,9 @@ def layer_drift(
         )
     tokens = _texts(phase, num_texts, length or min(phase.source.max_position_embeddings, LONGEST_TEXT))
     device = study_device()
-    network = open_network(hf, resolve_dtype("auto", device), device)
-    subjects = [Subject(network, other_rotary(network, *rope)) for rope in ropes]
-    bar = tqdm(
-        total=len(ranks.part(tokens)), desc="attention drift", unit="text", disable=None if ranks.is_main else True
-    )
-    with bar:
+    network = Network(hf, resolve_dtype("auto", device), device)
+    subjects = [Subject(network, network.rotary(*rope)) for rope in ropes]
+    with ranks.bar(network.architecture.num_layers, tokens, "attention drift") as bar:
         drift, *sweep = measure_drift(tokens, Subject(network), subjects, ranks, bar)
     if not drift.heads.any():
         raise UserError(

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
+from longred_megatron.analysis.network import Network
 from longred_megatron.analysis.walk import LayerValues, walk
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.intervals import Interval, mean_interval
@@ -22,13 +24,13 @@ from longred_megatron.parallel.world import world
 
 
 class Subject(NamedTuple):
-    """A network, with another RoPE where `rotary` is one of `other_rotary`."""
+    """A network, with another RoPE where `rotary` is one of `Network.rotary`."""
 
-    network: Any
+    network: Network
     rotary: Any = None
 
-    def walk(self, tokens: Tensor, positions: Tensor | None = None) -> Iterator[LayerValues]:
-        return walk(self.network, tokens, positions, self.rotary)
+    def walk(self, texts: Tensor, positions: Tensor | None = None) -> Iterator[LayerValues]:
+        return walk(self.network, texts, positions, self.rotary)
 
 
 class Ranks(NamedTuple):
@@ -44,6 +46,11 @@ class Ranks(NamedTuple):
     def part(self, texts: Tensor) -> Tensor:
         """This rank's texts."""
         return texts[self.rank :: self.size]
+
+    def bar(self, layers: int, texts: Tensor, description: str | None = None) -> Any:
+        """A progress bar, to be told of each of `layers` of each text of this rank."""
+        total = layers * len(self.part(texts))
+        return tqdm(total=total, desc=description, unit="layer", disable=None if self.is_main else True)
 
     def check(self, on_disk: Callable[[], None]) -> None:
         """Calls `on_disk` on the first rank alone, as what tries to write must be. Every rank raises its UserError."""
@@ -149,46 +156,46 @@ class Drift:
 def measure_drift(
     tokens: Tensor, original: Subject, others: Sequence[Subject], ranks: Ranks | None = None, bar: Any = None
 ) -> list[Drift]:
-    """Drift of each of `others` on tokens [texts, length], text by text, all models in step, a layer's piece at a time.
+    """Drift of each of `others` on tokens [texts, length], all models in step, a layer's piece of a text at a time.
 
-    bar: a progress bar, told of each text.
+    bar: a progress bar, told of each layer of each text.
     """
-    config, (num_texts, length) = original.network.config, tokens.shape
-    layers, heads, count, ranks = config.num_hidden_layers, config.num_attention_heads, len(others), ranks or Ranks()
+    architecture, (num_texts, length) = original.network.architecture, tokens.shape
+    layers, heads = architecture.num_layers, architecture.num_attention_heads
+    count, ranks = len(others), ranks or Ranks()
     drift, similarity = torch.zeros(count, layers, heads).double(), torch.zeros(count, layers).double()
     losses, by_text = torch.zeros(count + 1, num_texts).double(), torch.zeros(count, num_texts, 2).double()
-    for number, text in zip(range(num_texts)[ranks.rank :: ranks.size], ranks.part(tokens).split(1), strict=True):
-        walks = zip(original.walk(text), *(other.walk(text) for other in others), strict=True)
-        for theirs, *ours in walks:
-            k = theirs.layer - 1
-            for i, each in enumerate(ours):
-                divergence = _divergence(theirs, each).sum((0, 2)).cpu()
-                cosine = F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
-                drift[i, k] += divergence
-                similarity[i, k] += cosine
-                by_text[i, number] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
-            if theirs.layer == layers:
-                labels = text[0, 1:][theirs.tokens]
-                for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
-                    losses[i, number] += next_token_loss(subject.network, last.hidden, labels) / (length - 1)
-        if bar is not None:
+    own = ranks.part(tokens)
+    for theirs, *ours in zip(original.walk(own), *(other.walk(own) for other in others), strict=True):
+        k, number = theirs.layer - 1, ranks.rank + ranks.size * theirs.text
+        for i, each in enumerate(ours):
+            divergence = _divergence(theirs, each).sum(1).cpu()
+            cosine = F.cosine_similarity(each.hidden.float(), theirs.hidden.float(), dim=-1).sum().item()
+            drift[i, k] += divergence
+            similarity[i, k] += cosine
+            by_text[i, number] += torch.tensor([divergence.mean(), cosine]) / (layers * length)
+        if theirs.layer == layers:
+            labels = own[theirs.text, 1:][theirs.tokens]
+            for i, (subject, last) in enumerate(zip((original, *others), (theirs, *ours), strict=True)):
+                losses[i, number] += next_token_loss(subject.network, last.hidden, labels) / (length - 1)
+        if bar is not None and theirs.tokens.stop == length:
             bar.update()
     drift, similarity, losses, by_text = (ranks.total(each) for each in (drift, similarity, losses, by_text))
     by_text = torch.cat([by_text, (losses[1:] - losses[:1])[..., None]], dim=-1)
-    drift, similarity, (original_loss, *own) = (
+    drift, similarity, (original_loss, *loss) = (
         drift / tokens.numel(),
         similarity / tokens.numel(),
         losses.mean(1).tolist(),
     )
-    return [Drift(drift[i], similarity[i], own[i], original_loss, by_text[i]) for i in range(count)]
+    return [Drift(drift[i], similarity[i], loss[i], original_loss, by_text[i]) for i in range(count)]
 
 
 def _divergence(p: LayerValues, q: LayerValues) -> Tensor:
-    return attention_divergence(p.query, p.keys, q.query, q.keys, p.scale, q.scale)
+    return attention_divergence(p.query, p.keys(), q.query, q.keys(), p.scale, q.scale, p.start)
 
 
-def next_token_loss(network: Any, hidden: Tensor, labels: Tensor) -> float:
-    """Sum of the cross-entropy of a text's piece, in nats. hidden: [1, p, hidden], of the last layer; labels: the next
+def next_token_loss(network: Network, hidden: Tensor, labels: Tensor) -> float:
+    """Sum of the cross-entropy of a text's piece, in nats. hidden: [p, hidden], of the last layer; labels: the next
     tokens, [p], or [p - 1] at the text's end."""
-    logits = network.get_output_embeddings()(hidden[0, : len(labels)]).float()
+    logits = network.head(hidden[: len(labels)]).float()
     return F.cross_entropy(logits, labels.to(logits.device), reduction="sum").item()

@@ -5,6 +5,7 @@ The probe of arXiv 2604.06070. Only the first copy sees no copy of itself, so pa
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -12,16 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.inputs import check_number, models_of, texts_of
 from longred_megatron.analysis.measure import Ranks, Subject
+from longred_megatron.analysis.network import Network
 from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import lines
-from longred_megatron.analysis.walk import LayerValues, other_rotary, whole_layers
+from longred_megatron.analysis.token_file import TokenFile
+from longred_megatron.analysis.walk import LayerValues
 from longred_megatron.errors import UserError
-from longred_megatron.evaluation.models import CHUNK_TOKENS
 from longred_megatron.page import Plot
 
 KIND = "longred-megatron study of perturbation"
@@ -83,16 +84,14 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     found: dict[str, Copies] = {}
     entries = []
     variants = 1 + len(options.thetas) + len(options.skips)
-    total = len(models) * variants * len(ranks.part(tokens))
-    with tqdm(total=total, unit="window", disable=None if ranks.is_main else True) as bar:
+    with ranks.bar(variants * sum(model.architecture.num_layers for model in models), tokens) as bar:
         for model in models:
             own = tokens if model is models[0] else texts_of(options, model, block)
-            network = model.open()
-            for change, rotary, skip in _variants(network, options):
-                subject = Subject(network, rotary)
-                name = f"{model.name}, {change}" if change else model.name
-                found[name] = copy_differences(subject, own, options.copies, skip, ranks, bar)
-                entries.append(model.to_json() | {"change": change, "pairs": found[name].to_json(block)})
+            with model.opened() as network:
+                for change, rotary, skip in _variants(network, options):
+                    name = f"{model.name}, {change}" if change else model.name
+                    found[name] = copy_differences(Subject(network, rotary), own, options.copies, skip, ranks, bar)
+                    entries.append(model.to_json() | {"change": change, "pairs": found[name].to_json(block)})
     return Study(
         KIND,
         f"Perturbation: {', '.join(model.name for model in models)}",
@@ -108,47 +107,55 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     )
 
 
-def _variants(network: Any, options: Namespace) -> list[tuple[str, Any, int]]:
+def _variants(network: Network, options: Namespace) -> list[tuple[str, Any, int]]:
     """(name, RoPE or the model's own, positions skipped before each copy)."""
     rope = network.config.rope_parameters
-    bases = [(f"theta {theta:g}", other_rotary(network, rope | {"rope_theta": theta}), 0) for theta in options.thetas]
+    bases = [(f"theta {theta:g}", network.rotary(rope | {"rope_theta": theta}), 0) for theta in options.thetas]
     return [("", None, 0), *bases, *[(f"skip {skip:,}", None, skip) for skip in options.skips]]
 
 
 @torch.inference_mode()
 def copy_differences(subject: Subject, tokens: Tensor, copies: int, skip: int, ranks: Ranks, bar: Any) -> Copies:
     """tokens: [texts, block]. skip: positions left out before each copy but the first."""
-    (num_texts, block), layers = tokens.shape, subject.network.config.num_hidden_layers
+    (num_texts, block), layers = tokens.shape, subject.network.architecture.num_layers
     pairs = list(combinations(range(copies), 2))
-    positions = torch.arange(copies * block)[None] + skip * torch.arange(copies).repeat_interleave(block)
+    positions = torch.arange(copies * block) + skip * torch.arange(copies).repeat_interleave(block)
     sums = {what: torch.zeros(len(pairs), layers, dtype=torch.float64) for what in STATES}
     logits = torch.zeros(len(pairs), dtype=torch.float64)
-    for text in ranks.part(tokens).split(1):
-        for values in whole_layers(subject.walk(text.repeat(1, copies), positions), copies * block):
-            for what in STATES:
-                cut = _cut(values, what, copies)
-                for i, (a, b) in enumerate(pairs):
-                    sums[what][i, values.layer - 1] += 1 - F.cosine_similarity(cut[a], cut[b], dim=-1).mean().item()
-        final = values.hidden[0].unflatten(0, (copies, block))
-        logits += torch.tensor([_logit_divergence(subject.network, final[a], final[b]) for a, b in pairs]).double()
-        bar.update()
-    means = {what: ranks.total(each) / num_texts for what, each in sums.items()}
-    return Copies(pairs, means, ranks.total(logits) / num_texts)
+    with ExitStack() as stack:
+        kept = {what: stack.enter_context(TokenFile()) for what in STATES}  # of one text and layer
+        for values in subject.walk(ranks.part(tokens).repeat(1, copies), positions):
+            states = {what: _rows(values, what) for what in STATES}
+            for what, rows in states.items():
+                kept[what].write(values.start, rows)
+            for i, (a, b) in enumerate(pairs):
+                start, stop = max(values.start, b * block), min(values.tokens.stop, (b + 1) * block)
+                if start >= stop:  # the piece has none of the second copy's tokens
+                    continue
+                back = (b - a) * block
+                first = {what: file.read(start - back, stop - back) for what, file in kept.items()}
+                second = {what: rows[start - values.start : stop - values.start] for what, rows in states.items()}
+                for what in STATES:
+                    cosine = F.cosine_similarity(first[what].float(), second[what].float(), dim=-1)
+                    sums[what][i, values.layer - 1] += (1 - cosine).sum().item() / (cosine.numel() // len(cosine))
+                if values.layer == layers:
+                    logits[i] += _logit_divergence(subject.network, first["hidden"], second["hidden"])
+            if values.tokens.stop == copies * block:
+                bar.update()
+    num_tokens = num_texts * block
+    means = {what: ranks.total(each) / num_tokens for what, each in sums.items()}
+    return Copies(pairs, means, ranks.total(logits) / num_tokens)
 
 
-def _cut(values: LayerValues, what: str, copies: int) -> Tensor:
-    """[copies, ..., block, dim] in fp32."""
-    x = values.hidden if what == "hidden" else values.before_rope(what)
-    return x[0].float().unflatten(-2, (copies, -1)).movedim(-3, 0)
+def _rows(values: LayerValues, what: str) -> Tensor:
+    """[p, hidden], or [p, heads, head_dim] before RoPE."""
+    return values.hidden if what == "hidden" else values.before_rope(what).transpose(0, 1)
 
 
-def _logit_divergence(network: Any, first: Tensor, second: Tensor) -> float:
-    """Mean KL(first || second) of hidden states [tokens, hidden] through the head; logits of some tokens at a time."""
-    head, total = network.get_output_embeddings(), 0.0
-    for a, b in zip(first.split(CHUNK_TOKENS), second.split(CHUNK_TOKENS), strict=True):
-        p, q = (head(each).float().log_softmax(-1) for each in (a, b))
-        total += (p.exp() * (p - q)).sum().item()
-    return total / len(first)
+def _logit_divergence(network: Network, first: Tensor, second: Tensor) -> float:
+    """Sum of KL(first || second) of hidden states [p, hidden] through the head."""
+    p, q = (network.head(each).float().log_softmax(-1) for each in (first, second))
+    return (p.exp() * (p - q)).sum().item()
 
 
 def _far_pairs(copies: Copies) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from longred_megatron.analysis.inputs import Model, check_layers, check_number, models_of, texts_of
 from longred_megatron.analysis.inputs import add_arguments as add_common
@@ -109,14 +108,12 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     positions = Positions.of(length, window, options.points)
     tokens = texts_of(options, models[0], length)
     found: dict[str, list[Vectors]] = {}
-    total = len(models) * len(ranks.part(tokens))
-    with tqdm(total=total, unit="text", disable=None if ranks.is_main else True) as bar:
+    with ranks.bar(sum(model.architecture.num_layers for model in models), tokens) as bar:
         for model in models:
             own = tokens if model is models[0] else texts_of(options, model, length)
-            found[model.name] = [
-                Vectors(_cosines(vectors), positions.border)
-                for vectors in positional_vectors(Subject(model.open()), own, positions.edges, ranks, bar)
-            ]
+            with model.opened() as network:
+                every = positional_vectors(Subject(network), own, positions.edges, ranks, bar)
+            found[model.name] = [Vectors(_cosines(vectors), positions.border) for vectors in every]
     return _study(models, found, positions, window, shown, tokens)
 
 
@@ -124,13 +121,13 @@ def study(options: Namespace, ranks: Ranks) -> Study:
 def positional_vectors(subject: Subject, tokens: Tensor, edges: Tensor, ranks: Ranks, bar: Any) -> list[Tensor]:
     """Of each layer, [points, hidden]: mean hidden state of the positions edges[i] ... edges[i + 1] - 1 over texts,
     minus the mean over all positions. tokens: [texts, length]."""
-    config, sizes = subject.network.config, edges.diff()
-    sums = torch.zeros(config.num_hidden_layers, len(sizes), config.hidden_size, dtype=torch.float64)
+    architecture, sizes = subject.network.architecture, edges.diff()
+    sums = torch.zeros(architecture.num_layers, len(sizes), architecture.hidden_size, dtype=torch.float64)
     points = torch.arange(len(sizes)).repeat_interleave(sizes)
-    for text in ranks.part(tokens).split(1):
-        for values in subject.walk(text):
-            sums[values.layer - 1].index_add_(0, points[values.tokens], values.hidden[0].cpu().double())
-        bar.update()
+    for values in subject.walk(ranks.part(tokens)):
+        sums[values.layer - 1].index_add_(0, points[values.tokens], values.hidden.cpu().double())
+        if values.tokens.stop == tokens.shape[1]:
+            bar.update()
     means = ranks.total(sums) / (len(tokens) * sizes[:, None])
     weights = sizes / sizes.sum()
     return [mean - weights @ mean for mean in (each.float() for each in means)]

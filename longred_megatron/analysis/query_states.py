@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from longred_megatron.analysis.inputs import add_arguments as add_common
 from longred_megatron.analysis.inputs import check_comparable, models_of, texts_of
 from longred_megatron.analysis.measure import Ranks, Subject
+from longred_megatron.analysis.network import Network
 from longred_megatron.analysis.page import Study
 from longred_megatron.analysis.plots import grids, lines
 from longred_megatron.errors import UserError
@@ -99,12 +99,11 @@ def study(options: Namespace, ranks: Ranks) -> Study:
     window = before.architecture.max_position_embeddings
     length = min(window, 8192) if options.length is None else options.length
     tokens = texts_of(options, before, length)
-    networks = before.open(), after.open()
-    bar = tqdm(total=len(ranks.part(tokens)), unit="text", disable=None if ranks.is_main else True)
-    with bar:
-        changes = state_changes(Subject(networks[0]), Subject(networks[1]), tokens, ranks, bar)
-    changes |= weight_changes(*networks)
     architecture = before.architecture
+    with before.opened() as ours, after.opened() as theirs:
+        with ranks.bar(architecture.num_layers, tokens) as bar:
+            changes = state_changes(Subject(ours), Subject(theirs), tokens, ranks, bar)
+        changes |= weight_changes(ours, theirs)
     frequencies, _ = inverse_frequencies(architecture.rope, architecture.head_dim, window)
     wavelengths = (2 * math.pi / frequencies).tolist()
     return Study(
@@ -131,32 +130,31 @@ def study(options: Namespace, ranks: Ranks) -> Study:
 @torch.inference_mode()
 def state_changes(before: Subject, after: Subject, tokens: Tensor, ranks: Ranks, bar: Any) -> dict[str, Change]:
     """By `STATES` and `ROTATED`, over tokens [texts, length]; a piece of a layer of both models at a time."""
-    layers = before.network.config.num_hidden_layers
+    layers = before.network.architecture.num_layers
     sums: dict[str, list[Tensor]] = {}
-    for text in ranks.part(tokens).split(1):
-        for ours, theirs in zip(before.walk(text), after.walk(text), strict=True):
-            for what in (*STATES, *ROTATED):
-                name = what.removeprefix("rotated ")
-                x, y = (
-                    getattr(each, name) if what in ROTATED else each.before_rope(name).to(each.query.dtype)
-                    for each in (ours, theirs)
-                )  # [1, heads, tokens, head_dim]
-                squares = (
-                    _by_band(x[0].float().square().sum(1)),
-                    _by_band((y[0].float() - x[0].float()).square().sum(1)),
-                )
-                if what not in sums:
-                    sums[what] = [torch.zeros(layers, *squares[0].shape, dtype=torch.float64) for _ in squares]
-                for total, part in zip(sums[what], squares, strict=True):
-                    total[ours.layer - 1] += part.double().cpu()
-        bar.update()
+    own = ranks.part(tokens)
+    for ours, theirs in zip(before.walk(own), after.walk(own), strict=True):
+        for what in (*STATES, *ROTATED):
+            name = what.removeprefix("rotated ")
+            x, y = (
+                getattr(each, name) if what in ROTATED else each.before_rope(name).to(each.query.dtype)
+                for each in (ours, theirs)
+            )  # [heads, tokens, head_dim]
+            squares = _by_band(x.float().square().sum(1)), _by_band((y.float() - x.float()).square().sum(1))
+            if what not in sums:
+                sums[what] = [torch.zeros(layers, *squares[0].shape, dtype=torch.float64) for _ in squares]
+            for total, part in zip(sums[what], squares, strict=True):
+                total[ours.layer - 1] += part.double().cpu()
+        if ours.tokens.stop == tokens.shape[1]:
+            bar.update()
     return {what: Change(*(ranks.total(each) for each in pair)) for what, pair in sums.items()}
 
 
-def weight_changes(before: Any, after: Any) -> dict[str, Change]:
+def weight_changes(before: Network, after: Network) -> dict[str, Change]:
     """Of the projections' weights, by `STATES` with " weight" behind; bands are of their rows."""
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for ours, theirs in zip(before.base_model.layers, after.base_model.layers, strict=True):
+    for number in range(1, before.architecture.num_layers + 1):
+        ours, theirs = before.layer(number), after.layer(number)
         pairs = zip(STATES, _projections(ours.self_attn), _projections(theirs.self_attn), strict=True)
         for what, x, y in pairs:
             rows = x.detach().double().cpu(), (y.detach().double() - x.detach().double()).cpu()

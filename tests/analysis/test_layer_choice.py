@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longred_megatron.analysis.layer_choice import LayerDrift
 from longred_megatron.analysis.measure import Drift, Subject, measure_drift
-from longred_megatron.analysis.walk import open_network, other_rotary
+from longred_megatron.analysis.network import Network
 from longred_megatron.errors import UserError
 from longred_megatron.evaluation.intervals import mean_interval
 from longred_megatron.evaluation.texts import cut_windows, load_encoder, text_source
@@ -95,14 +95,14 @@ def test_the_files_hold_what_transformers_gives(recipe: Path, tmp_path: Path, ca
 
 def test_drift_grows_with_theta_and_factor() -> None:
     """On a model that has learned something: the demo's."""
-    network = open_network(TINY_BASE, torch.float32, torch.device("cpu"))
+    network = Network(TINY_BASE, torch.float32, torch.device("cpu"))
     text = cut_windows(text_source([]), load_encoder(TINY_BASE), 256, 1, seed=0).tokens
     theta = network.config.rope_parameters["rope_theta"]
     for ropes in (
         [{"rope_type": "default", "rope_theta": theta * growth} for growth in (1, 1.1, 2, 8, 100)],
         [{"rope_type": "linear", "rope_theta": theta, "factor": factor} for factor in (1.0, 1.1, 2.0, 4.0, 16.0)],
     ):
-        others = [Subject(network, other_rotary(network, rope)) for rope in ropes]
+        others = [Subject(network, network.rotary(rope)) for rope in ropes]
         drifts = [each.layers.mean().item() for each in measure_drift(text, Subject(network), others)]
         assert drifts == sorted(drifts) and drifts[0] == 0 < drifts[1], drifts
 

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, GemmaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from longred_megatron import families
+from longred_megatron.analysis.network import Network
+from longred_megatron.analysis.walk import walk as walk_layers
 from longred_megatron.checkpoint.huggingface import export, load_weights
 from longred_megatron.checkpoint.verification import same_bits, verify
 from longred_megatron.errors import UserError
@@ -66,6 +68,15 @@ def test_one_file_is_enough(example: None, source: Path, tmp_path: Path, groups:
     assert got.keys() == expected.keys() and all(same_bits(got[name], tensor) for name, tensor in expected.items())
     found = verify(chunks, tmp_path / "output", architecture, groups)
     assert found.different == [] and found.max_logit_difference < 1e-4 < 0.1 < found.max_logit
+
+
+@torch.no_grad()
+def test_analyses_walk_through_it(example: None, source: Path) -> None:
+    tokens = torch.arange(20)[None]
+    plain = AutoModelForCausalLM.from_pretrained(source)(tokens, output_hidden_states=True).hidden_states
+    assert plain is not None
+    for each in walk_layers(Network(source, torch.float32, torch.device("cpu")), tokens):
+        torch.testing.assert_close(each.hidden, plain[each.layer][0], rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_file_it_is_unknown(source: Path) -> None:

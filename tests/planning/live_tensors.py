@@ -53,7 +53,7 @@ class LiveTensors(TorchDispatchMode):
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
-        if key in self._guards:
+        if key in self._guards or tensor.is_meta:
             return
         self.sizes[key] = storage.nbytes()
         self.total += self.sizes[key]
