@@ -56,9 +56,9 @@ class CausalModel:
         """Logits at the last `last` positions of every row, in fp32, a few positions at a time.
 
         tokens: [n, s] on the model's device. Yields [chunk, vocabulary] over the n * last positions, row by
-        row. Only hidden states are kept for the whole window; a model that does more than a linear map to its
-        last hidden states (scaled or capped logits) makes its own logits, in its own precision, and only
-        their conversion to fp32 is chunked.
+        row, which the caller may write over. Only hidden states are kept for the whole window; a model that
+        does more than a linear map to its last hidden states (scaled or capped logits) makes its own logits,
+        in its own precision, and only their conversion to fp32 is chunked.
         """
         if self.head_is_plain:
             network: Any = self.network

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -96,8 +95,16 @@ def token_losses(model: CausalModel, tokens: Tensor, chunk_tokens: int = CHUNK_T
     losses = []
     for index, logits in enumerate(model.logit_chunks(inputs, inputs.shape[1], chunk_tokens)):
         chunk_labels = labels[index * chunk_tokens : (index + 1) * chunk_tokens]
-        losses.append(F.cross_entropy(logits, chunk_labels, reduction="none"))
+        losses.append(_losses(logits, chunk_labels))
     return torch.cat(losses).view(tokens.shape[0], -1).cpu()
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """[tokens] of logits [tokens, vocabulary], which are written over: as much memory again would cost more time than
+    the arithmetic."""
+    at_label = logits.gather(1, labels[:, None]).squeeze(1)
+    largest = logits.amax(1)
+    return logits.sub_(largest[:, None]).exp_().sum(1).log() + largest - at_label
 
 
 def measure_losses(model: CausalModel, windows: Windows, tokens_per_batch: int, label: str) -> Losses:
