@@ -130,9 +130,11 @@ def study(options: Namespace, ranks: Ranks) -> Study:
 @torch.inference_mode()
 def state_changes(before: Subject, after: Subject, tokens: Tensor, ranks: Ranks, bar: Any) -> dict[str, Change]:
     """By `STATES` and `ROTATED`, over tokens [texts, length]; a piece of a layer of both models at a time."""
-    layers = before.network.architecture.num_layers
-    sums: dict[str, list[Tensor]] = {}
-    own = ranks.part(tokens)
+    a, own = before.network.architecture, ranks.part(tokens)
+    sums = {}
+    for what in (*STATES, *ROTATED):  # also on a rank without texts
+        heads = a.num_attention_heads if "query" in what else a.num_kv_heads
+        sums[what] = [torch.zeros(a.num_layers, heads, a.head_dim // 2, dtype=torch.float64) for _ in range(2)]
     for ours, theirs in zip(before.walk(own), after.walk(own), strict=True):
         for what in (*STATES, *ROTATED):
             name = what.removeprefix("rotated ")
@@ -141,8 +143,6 @@ def state_changes(before: Subject, after: Subject, tokens: Tensor, ranks: Ranks,
                 for each in (ours, theirs)
             )  # [heads, tokens, head_dim]
             squares = _by_band(x.float().square().sum(1)), _by_band((y.float() - x.float()).square().sum(1))
-            if what not in sums:
-                sums[what] = [torch.zeros(layers, *squares[0].shape, dtype=torch.float64) for _ in squares]
             for total, part in zip(sums[what], squares, strict=True):
                 total[ours.layer - 1] += part.double().cpu()
         if ours.tokens.stop == tokens.shape[1]:
