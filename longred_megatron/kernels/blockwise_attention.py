@@ -19,11 +19,10 @@ def blockwise_attention(query: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], 
     A running softmax (arXiv 2112.05682) in fp32: of scores, those of one key/value head and one block exist. No
     gradient.
     """
-    rows = torch.arange(start, start + query.shape[1], device=query.device)
     heads: list[_Head] = []
     first = 0
     for keys, values in blocks:
-        heads = heads or [_Head(x * scale, rows) for x in query.float().unflatten(0, (len(keys), -1))]
+        heads = heads or [_Head(x * scale, start) for x in query.float().unflatten(0, (len(keys), -1))]
         for head, key, value in zip(heads, keys.float(), values.float(), strict=True):
             head.add(key, value, first)
         first += keys.shape[1]
@@ -33,13 +32,13 @@ def blockwise_attention(query: Tensor, blocks: Iterable[tuple[Tensor, Tensor]], 
 class _Head:
     """The queries that share a key/value head: over the keys so far, sums of exp(score - largest) and its products."""
 
-    def __init__(self, query: Tensor, rows: Tensor) -> None:
-        """query: [queries, tokens, head_dim]. rows: [tokens], their places."""
-        self._shape = query.shape
+    def __init__(self, query: Tensor, start: int) -> None:
+        """query: [queries, tokens, head_dim], of the tokens from `start` on."""
+        self._shape, self._start = query.shape, start
+        rows = torch.arange(start, start + query.shape[1], device=query.device)
         self._query, self._rows = query.flatten(0, 1), rows.repeat(len(query))[:, None]
         self._largest = query.new_full((len(self._rows),), -math.inf)
         self._total, self._sum = torch.zeros_like(self._largest), torch.zeros_like(self._query)
-        self._start = int(rows[0])
 
     def add(self, key: Tensor, value: Tensor, first: int) -> None:
         """A block, [keys, head_dim] each, that begins at token `first`."""
