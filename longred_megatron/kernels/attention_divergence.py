@@ -46,8 +46,9 @@ def attention_divergence(
         for key, other_key in zip(keys, other_keys, strict=True):
             if key.shape[1] != other_key.shape[1]:
                 raise ValueError(f"keys {list(key.shape)} and other_keys {list(other_key.shape)} differ")
+            blocks = key.float(), other_key.float()
             for each in rows:
-                each.add(key.float(), other_key.float(), first, scratch)
+                each.add(*blocks, first, scratch)
             first += key.shape[1]
         return torch.cat([each.divergence() for each in rows], dim=1)
 
@@ -84,13 +85,15 @@ class _Rows:
             return
         shape = *self._queries[0].shape[:2], count
         s, t, difference = (scratch.get(name, shape) for name in ("ours", "theirs", "difference"))
+        unseen = None
+        if first + count - 1 > self._start:
+            unseen = torch.arange(first, first + count, device=key.device) > self._places
         for query, k, scores in zip(self._queries, (key, other_key), (s, t), strict=True):
             # each key/value head is shared by heads / kv_heads queries in a row
             shared, out = query.unflatten(0, (len(k), -1)), scores.unflatten(0, (len(k), -1))
             torch.matmul(shared, k[:, None, :count].transpose(2, 3), out=out)
-        if first + count - 1 > self._start:
-            unseen = torch.arange(first, first + count, device=s.device) > self._places
-            s.masked_fill_(unseen, NO_PROBABILITY), t.masked_fill_(unseen, NO_PROBABILITY)
+            if unseen is not None:
+                scores.masked_fill_(unseen, NO_PROBABILITY)
         torch.sub(s, t, out=difference)
         wide = scratch.get("wide", shape, torch.float64)
         self._p.add(s, difference, wide)
